@@ -1,0 +1,18 @@
+// onepass: exact, IO-aware attention. Include this; link onepass::onepass.
+#pragma once
+
+#include <string>
+
+#include "onepass/attention.h"
+#include "onepass/error.h"
+#include "onepass/execution.h"
+#include "onepass/tensor.h"
+
+namespace onepass {
+
+const char* version();
+
+// Human-readable lines: version, backends with the reason when one is absent, instruction set or GPU, build flags.
+std::string info();
+
+}  // namespace onepass

@@ -1,0 +1,43 @@
+// core/backend.h: what a backend offers, and the dispatcher's choice among them.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/problem.h"
+#include "onepass/execution.h"
+
+namespace onepass {
+
+// nullopt: supported. Otherwise one clause that says which option is not, e.g. "head_dim 300 (at most 256)".
+using Unsupported = std::optional<std::string>;
+
+// A backend is a table of functions; a null entry means that the backend lacks the operation.
+struct Backend {
+  const char* name;
+  DeviceType device;
+  // nullopt when present on this machine, else why not ("built without CUDA", "no NVIDIA driver", …).
+  Unsupported (*available)();
+  std::string (*describe)();  // instruction set, GPU, …, one line
+
+  Unsupported (*supports_forward)(const Problem&);
+  void (*forward)(const Problem&, const ExecutionContext&);
+  Unsupported (*supports_backward)(const BackwardProblem&);
+  void (*backward)(const BackwardProblem&, const ExecutionContext&);
+};
+
+extern const Backend kReferenceBackend;  // src/reference
+extern const Backend kCpuBackend;        // src/cpu
+extern const Backend kHopperBackend;     // src/cuda, or src/cuda/unavailable.cpp in a build without CUDA
+extern const Backend kCudaBackend;       // portable, sm_80+; likewise
+
+// In order of preference.
+const std::vector<const Backend*>& backends();
+
+// Run the problem on the first backend that supports it; throws kUnsupported with every backend's reason.
+// ONEPASS_BACKEND=<name> in the environment restricts the choice (tests, debugging).
+void run_forward(const Problem& problem, const ExecutionContext& context);
+void run_backward(const BackwardProblem& problem, const ExecutionContext& context);
+
+}  // namespace onepass
