@@ -5,10 +5,6 @@
 #include "core/thread_pool.h"
 #include "onepass/error.h"
 
-#if defined(ONEPASS_HAS_CUDA)
-#include "cuda/memory.h"
-#endif
-
 namespace onepass {
 namespace {
 
@@ -27,11 +23,7 @@ class CpuAllocator final : public Allocator {
 Allocator& allocator_of(const ExecutionContext& context, Device device) {
   static CpuAllocator cpu;
   if (context.allocator != nullptr) return *context.allocator;
-#if defined(ONEPASS_HAS_CUDA)
-  if (device.type == DeviceType::kCuda) return cuda::default_allocator();
-#endif
-  static_cast<void>(device);
-  return cpu;
+  return device.type == DeviceType::kCuda ? cuda_allocator() : cpu;
 }
 
 }  // namespace

@@ -11,6 +11,9 @@ namespace onepass {
 // The context's executor, or the library's thread pool.
 Executor& executor_of(const ExecutionContext& context);
 
+// The stream-ordered allocator of the CUDA backend; throws Error(kUnsupported) in a build without CUDA.
+Allocator& cuda_allocator();
+
 // A block from the context's allocator (or the default one of the device), freed with the object.
 // Throws Error(kOutOfMemory) naming the bytes asked for.
 class Workspace {
