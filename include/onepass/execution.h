@@ -35,6 +35,7 @@ struct ExecutionContext {
   void* stream = nullptr;          // cudaStream_t of the tensors' device; ignored on the CPU
   Executor* executor = nullptr;    // null: the library's thread pool
   Allocator* allocator = nullptr;  // null: aligned operator new on the CPU, cudaMallocAsync on CUDA
+  const char* backend = nullptr;   // "hopper", "cuda", "cpu" or "reference": use no other; null: the first that can
 };
 
 // Threads of the library's own pool: the count asked for, or that of the hardware. Takes effect at the next call.

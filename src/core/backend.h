@@ -15,16 +15,18 @@ using Unsupported = std::optional<std::string>;
 
 // A backend is a table of functions; a null entry means that the backend lacks the operation.
 struct Backend {
-  const char* name;
-  DeviceType device;
+  const char* name = nullptr;
+  DeviceType device = DeviceType::kCpu;
   // nullopt when present on this machine, else why not ("built without CUDA", "no NVIDIA driver", …).
-  Unsupported (*available)();
-  std::string (*describe)();  // instruction set, GPU, …, one line
+  Unsupported (*available)() = nullptr;
+  std::string (*describe)() = nullptr;  // instruction set, GPU, …, one line
 
-  Unsupported (*supports_forward)(const Problem&);
-  void (*forward)(const Problem&, const ExecutionContext&);
-  Unsupported (*supports_backward)(const BackwardProblem&);
-  void (*backward)(const BackwardProblem&, const ExecutionContext&);
+  Unsupported (*supports_forward)(const Problem&) = nullptr;
+  void (*forward)(const Problem&, const ExecutionContext&) = nullptr;
+  Unsupported (*supports_backward)(const BackwardProblem&) = nullptr;
+  void (*backward)(const BackwardProblem&, const ExecutionContext&) = nullptr;
+  Unsupported (*supports_merge)(const MergeProblem&) = nullptr;
+  void (*merge)(const MergeProblem&, const ExecutionContext&) = nullptr;
 };
 
 extern const Backend kReferenceBackend;  // src/reference
@@ -36,8 +38,10 @@ extern const Backend kCudaBackend;       // portable, sm_80+; likewise
 const std::vector<const Backend*>& backends();
 
 // Run the problem on the first backend that supports it; throws kUnsupported with every backend's reason.
-// ONEPASS_BACKEND=<name> in the environment restricts the choice (tests, debugging).
+// The context's `backend`, or else ONEPASS_BACKEND in the environment, restricts the choice. The reference backend
+// serves float64 only, unless it is chosen by name: it is far too slow to be fallen back to in silence.
 void run_forward(const Problem& problem, const ExecutionContext& context);
 void run_backward(const BackwardProblem& problem, const ExecutionContext& context);
+void run_merge(const MergeProblem& problem, const ExecutionContext& context);
 
 }  // namespace onepass

@@ -13,10 +13,10 @@ constexpr std::size_t kAlignment = 256;  // promised by Allocator
 class CpuAllocator final : public Allocator {
  public:
   void* allocate(std::size_t bytes, Device, void*) override {
-    return ::operator new(bytes, std::align_val_t{kAlignment}, std::nothrow);
+    return ::operator new (bytes, std::align_val_t{kAlignment}, std::nothrow);
   }
   void deallocate(void* block, std::size_t, Device, void*) override {
-    ::operator delete(block, std::align_val_t{kAlignment});
+    ::operator delete (block, std::align_val_t{kAlignment});
   }
 };
 

@@ -115,6 +115,15 @@ struct BackwardProblem {
   void* dsinks = nullptr;  // float32 (float64 when dtype is) (num_heads); null when not wanted
 };
 
+// out, lse = the exact merge of two partial results. Outputs may be the inputs, element for element.
+struct MergeProblem {
+  Device device = {};
+  DType dtype = DType::kFloat32;  // of out_a, out_b and out; the LSEs are float32 (float64 when dtype is)
+  std::int64_t batch = 0, num_heads = 0, seqlen = 0, head_dim = 0;
+  Operand out_a, out_b, out;
+  RowVector lse_a, lse_b, lse;
+};
+
 // The part of one sequence that a row of queries sees. Shared by every backend so that no two disagree.
 struct Sequence {
   std::int64_t query_start = 0, key_start = 0;  // token offsets of the sequence's first query and key
