@@ -1,0 +1,65 @@
+# Every target sets up what it needs (apt packages, .venv, the build) and is quick when that is done.
+#   make demo    the main job: sentence embeddings and a small language model, trained and sampled
+#   make test    all tests that this machine can run
+#   make bench   CPU benchmarks: JSON and charts in bench_output/
+#   make format  rewrite the sources in the project's style      make lint   check style, types, common mistakes
+#   make cuda    compile the CUDA backend (no GPU needed)         make clean  remove what was built
+
+JOBS ?= $(shell nproc)
+DEMO ?=
+BENCH ?= suite
+
+python := .venv/bin/python
+onepass := PYTHONPATH=python $(python) -m onepass
+cmake_flags := -DPython_EXECUTABLE=$(CURDIR)/$(python) -DPython3_EXECUTABLE=$(CURDIR)/$(python)
+cxx_files = $(shell git ls-files '*.h' '*.cpp' '*.c' '*.cu' '*.cuh')
+
+.PHONY: demo test test-cpp test-asan test-tsan test-python bench format lint cuda clean setup build
+.DEFAULT_GOAL := build
+
+setup:
+	@tools/setup build
+
+build: setup
+	@cmake --preset cpu $(cmake_flags) >/dev/null
+	@cmake --build --preset cpu -j $(JOBS)
+
+demo: build
+	@$(onepass) demo $(DEMO)
+
+bench: build
+	@$(onepass) bench $(BENCH)
+
+test: test-cpp test-asan test-tsan test-python
+
+test-cpp: build
+	@ctest --test-dir build/cpu --output-on-failure -j $(JOBS)
+
+test-asan test-tsan: test-%: setup
+	@cmake --preset $* >/dev/null
+	@cmake --build --preset $* -j $(JOBS)
+	@ctest --test-dir build/$* --output-on-failure -j $(JOBS)
+
+test-python: build
+	@PYTHONPATH=python $(python) -m pytest -q tests/python
+
+format:
+	@tools/setup build lint
+	@clang-format -i $(cxx_files)
+	@.venv/bin/ruff format python tests examples
+	@.venv/bin/ruff check --fix python tests examples
+
+lint: build
+	@tools/setup lint
+	@clang-format --dry-run --Werror $(cxx_files)
+	@.venv/bin/ruff format --check python tests examples
+	@.venv/bin/ruff check python tests examples
+	@.venv/bin/mypy python/onepass
+
+cuda:
+	@tools/setup build cuda
+	@cmake --preset cuda $(cmake_flags) >/dev/null
+	@cmake --build --preset cuda -j $(JOBS)
+
+clean:
+	@rm -rf build dist demo_output bench_output python/onepass/lib
