@@ -15,8 +15,10 @@ namespace {
 
 // One parallel region. Workers take indices from `next` until none is left.
 struct Job {
-  std::int64_t count;
-  const std::function<void(std::int64_t)>* task;
+  Job(std::int64_t count_, const std::function<void(std::int64_t)>& task_) : count(count_), task(task_) {}
+
+  const std::int64_t count;
+  const std::function<void(std::int64_t)>& task;
   std::atomic<std::int64_t> next{0};
   std::mutex error_mutex;
   std::exception_ptr error;
@@ -25,7 +27,7 @@ struct Job {
     for (std::int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < count;
          i = next.fetch_add(1, std::memory_order_relaxed)) {
       try {
-        (*task)(i);
+        task(i);
       } catch (...) {
         const std::lock_guard lock(error_mutex);
         if (!error) error = std::current_exception();
@@ -35,7 +37,7 @@ struct Job {
 };
 
 void run_serially(std::int64_t count, const std::function<void(std::int64_t)>& task) {
-  Job job{count, &task};
+  Job job(count, task);
   job.work();
   if (job.error) std::rethrow_exception(job.error);
 }
@@ -99,7 +101,7 @@ void ThreadPool::run(std::int64_t count, const std::function<void(std::int64_t)>
     } flag;
     task(index);
   };
-  Job job{count, &guarded};
+  Job job(count, guarded);
   {
     const std::lock_guard lock(state_->mutex);
     state_->job = &job;
