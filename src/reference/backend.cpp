@@ -1,0 +1,30 @@
+// reference/backend.cpp: the oracle's table. It takes everything that validation lets through.
+#include "core/backend.h"
+#include "reference/reference.h"
+
+namespace onepass {
+namespace {
+
+Unsupported available() { return std::nullopt; }
+std::string describe() { return "float64 inside, every option, not fast"; }
+template <class P>
+Unsupported supports(const P&) {
+  return std::nullopt;
+}
+
+}  // namespace
+
+const Backend kReferenceBackend{
+    .name = "reference",
+    .device = DeviceType::kCpu,
+    .available = available,
+    .describe = describe,
+    .supports_forward = supports<Problem>,
+    .forward = reference::forward,
+    .supports_backward = supports<BackwardProblem>,
+    .backward = reference::backward,
+    .supports_merge = supports<MergeProblem>,
+    .merge = reference::merge,
+};
+
+}  // namespace onepass
