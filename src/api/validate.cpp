@@ -34,19 +34,22 @@ bool overlap(const TensorView& a, const TensorView& b) {
   return a_base + a_low < b_base + b_high && b_base + b_low < a_base + a_high;
 }
 
-// Sorted by stride, each dimension must step over all that the smaller ones span.
+// Taken by rising stride, each dimension must step over all that the smaller ones span.
 bool addresses_distinct(const TensorView& view) {
   if (view.numel() == 0) return true;
-  std::array<std::pair<std::int64_t, std::int64_t>, kMaxRank> dims;  // stride, size
-  int count = 0;
-  for (int i = 0; i < view.rank; ++i) {
-    if (view.shape[i] > 1) dims[count++] = {std::abs(view.strides[i]), view.shape[i]};
-  }
-  std::sort(dims.begin(), dims.begin() + count);
-  std::int64_t highest = 0;  // offset reached so far
-  for (int i = 0; i < count; ++i) {
-    if (dims[i].first <= highest) return false;
-    highest += dims[i].first * (dims[i].second - 1);
+  std::int64_t highest = 0;  // offset reached by the dimensions taken so far
+  std::array<bool, kMaxRank> taken = {};
+  for (int round = 0; round < view.rank; ++round) {
+    int next = -1;
+    for (int i = 0; i < view.rank; ++i) {
+      if (taken[i] || view.shape[i] == 1) continue;
+      if (next < 0 || std::abs(view.strides[i]) < std::abs(view.strides[next])) next = i;
+    }
+    if (next < 0) return true;
+    taken[next] = true;
+    const std::int64_t stride = std::abs(view.strides[next]);
+    if (stride <= highest) return false;
+    highest += stride * (view.shape[next] - 1);
   }
   return true;
 }

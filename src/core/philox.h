@@ -1,9 +1,5 @@
 // core/philox.h: Philox 4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
 // and the dropout rule that every backend shares.
-//
-// One counter serves four consecutive keys of one query row:
-//   key     = seed
-//   counter = (offset + (query·2³² | key/4) split in 32-bit words …) — see dropout_bits.
 #pragma once
 
 #include <cstdint>
@@ -35,10 +31,9 @@ ONEPASS_HOST_DEVICE Philox4 philox4x32_10(Philox4 counter, std::uint32_t key0, s
   return counter;
 }
 
-// The key of a call and of one (batch, query head): seed mixed with nothing, offset and plane in the counter's upper
-// half, so that no two (seed, offset, batch, head, query, key) share a random word.
-//   counter = { key/4, query, plane = batch·num_heads + head, offset (low 32 bits) },  key = seed ^ (offset high << 32)
-// The four words of the result belong to keys 4·(key/4) + 0…3.
+// The four random words of keys 4·key_quad … 4·key_quad + 3 of one query row of one (batch, query head) plane:
+//   counter = {key_quad, query, plane, offset's low half}, key = seed with its high half xor offset's high half,
+// so no two (seed, offset, plane, query, key) of one call share a word. plane = batch·num_heads + head.
 ONEPASS_HOST_DEVICE Philox4 dropout_bits(std::uint64_t seed, std::uint64_t offset, std::uint32_t plane,
                                          std::uint32_t query, std::uint32_t key_quad) {
   const Philox4 counter{{key_quad, query, plane, static_cast<std::uint32_t>(offset)}};
