@@ -15,19 +15,32 @@ const char* insisted_backend(const ExecutionContext& context) {
   return name == nullptr || *name == '\0' ? nullptr : name;
 }
 
+// What a problem says of itself: the operation's name, the device and the element type.
+struct Request {
+  const char* operation;
+  Device device;
+  DType dtype;
+};
+Request request_of(const Problem& problem) { return {problem.operation, problem.device, problem.dtype}; }
+Request request_of(const BackwardProblem& problem) { return request_of(problem.forward); }
+Request request_of(const PiecewiseProblem& problem) { return request_of(problem.near); }
+Request request_of(const PiecewiseBackwardProblem& problem) { return request_of(problem.near); }
+Request request_of(const MergeProblem& problem) { return {"merge_states", problem.device, problem.dtype}; }
+
 // Runs `problem` on the first backend of its device that has the operation, is present and supports it.
-template <class P, class Supports, class Run>
-void dispatch(const P& problem, const char* operation, Device device, DType dtype, const ExecutionContext& context,
-              Supports Backend::*supports, Run Backend::*run) {
+template <class P>
+void dispatch(const P& problem, const ExecutionContext& context, Unsupported (*Backend::*supports)(const P&),
+              void (*Backend::*run)(const P&, const ExecutionContext&)) {
+  const Request request = request_of(problem);
   const char* const insisted = insisted_backend(context);
   std::string reasons;
   for (const Backend* backend : backends()) {
-    if (backend->device != device.type) continue;
+    if (backend->device != request.device.type) continue;
     if (insisted != nullptr && std::strcmp(insisted, backend->name) != 0) continue;
     Unsupported reason;
     if (backend->*run == nullptr) {
       reason = "lacks the operation";
-    } else if (backend == &kReferenceBackend && insisted == nullptr && dtype != DType::kFloat64) {
+    } else if (backend == &kReferenceBackend && insisted == nullptr && request.dtype != DType::kFloat64) {
       reason = "serves float64 only unless chosen by name";
     } else if (reason = backend->available(); !reason) {
       reason = (backend->*supports)(problem);
@@ -37,7 +50,7 @@ void dispatch(const P& problem, const char* operation, Device device, DType dtyp
   }
   if (reasons.empty())
     reasons = insisted != nullptr ? std::string(insisted) + ": no such backend for the device" : "none";
-  throw Error(ErrorCode::kUnsupported, std::string(operation) + ": no backend for this call (" + reasons + ")");
+  throw Error(ErrorCode::kUnsupported, std::string(request.operation) + ": no backend for this call (" + reasons + ")");
 }
 
 }  // namespace
@@ -48,18 +61,23 @@ const std::vector<const Backend*>& backends() {
 }
 
 void run_forward(const Problem& problem, const ExecutionContext& context) {
-  dispatch(problem, problem.operation, problem.device, problem.dtype, context, &Backend::supports_forward,
-           &Backend::forward);
+  dispatch(problem, context, &Backend::supports_forward, &Backend::forward);
 }
 
 void run_backward(const BackwardProblem& problem, const ExecutionContext& context) {
-  const Problem& forward = problem.forward;
-  dispatch(problem, forward.operation, forward.device, forward.dtype, context, &Backend::supports_backward,
-           &Backend::backward);
+  dispatch(problem, context, &Backend::supports_backward, &Backend::backward);
+}
+
+void run_piecewise(const PiecewiseProblem& problem, const ExecutionContext& context) {
+  dispatch(problem, context, &Backend::supports_piecewise, &Backend::piecewise);
+}
+
+void run_piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context) {
+  dispatch(problem, context, &Backend::supports_piecewise_backward, &Backend::piecewise_backward);
 }
 
 void run_merge(const MergeProblem& problem, const ExecutionContext& context) {
-  dispatch(problem, "merge_states", problem.device, problem.dtype, context, &Backend::supports_merge, &Backend::merge);
+  dispatch(problem, context, &Backend::supports_merge, &Backend::merge);
 }
 
 }  // namespace onepass

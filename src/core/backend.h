@@ -25,6 +25,10 @@ struct Backend {
   void (*forward)(const Problem&, const ExecutionContext&) = nullptr;
   Unsupported (*supports_backward)(const BackwardProblem&) = nullptr;
   void (*backward)(const BackwardProblem&, const ExecutionContext&) = nullptr;
+  Unsupported (*supports_piecewise)(const PiecewiseProblem&) = nullptr;
+  void (*piecewise)(const PiecewiseProblem&, const ExecutionContext&) = nullptr;
+  Unsupported (*supports_piecewise_backward)(const PiecewiseBackwardProblem&) = nullptr;
+  void (*piecewise_backward)(const PiecewiseBackwardProblem&, const ExecutionContext&) = nullptr;
   Unsupported (*supports_merge)(const MergeProblem&) = nullptr;
   void (*merge)(const MergeProblem&, const ExecutionContext&) = nullptr;
 };
@@ -42,6 +46,8 @@ const std::vector<const Backend*>& backends();
 // serves float64 only, unless it is chosen by name: it is far too slow to be fallen back to in silence.
 void run_forward(const Problem& problem, const ExecutionContext& context);
 void run_backward(const BackwardProblem& problem, const ExecutionContext& context);
+void run_piecewise(const PiecewiseProblem& problem, const ExecutionContext& context);
+void run_piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context);
 void run_merge(const MergeProblem& problem, const ExecutionContext& context);
 
 }  // namespace onepass

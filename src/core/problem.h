@@ -115,6 +115,23 @@ struct BackwardProblem {
   void* dsinks = nullptr;  // float32 (float64 when dtype is) (num_heads); null when not wanted
 };
 
+// The second query/key pair of piecewise attention: its logits count where i' − j ≥ dist_threshold.
+struct FarPair {
+  Operand q, k;  // sizes as of the first pair
+  std::int64_t dist_threshold = 0;
+};
+
+struct PiecewiseProblem {
+  Problem near;
+  FarPair far;
+};
+
+struct PiecewiseBackwardProblem {
+  BackwardProblem near;
+  FarPair far;
+  Operand dq_far, dk_far;
+};
+
 // out, lse = the exact merge of two partial results. Outputs may be the inputs, element for element.
 struct MergeProblem {
   Device device = {};

@@ -23,6 +23,10 @@ const Backend kReferenceBackend{
     .forward = reference::forward,
     .supports_backward = supports<BackwardProblem>,
     .backward = reference::backward,
+    .supports_piecewise = supports<PiecewiseProblem>,
+    .piecewise = reference::piecewise,
+    .supports_piecewise_backward = supports<PiecewiseBackwardProblem>,
+    .piecewise_backward = reference::piecewise_backward,
     .supports_merge = supports<MergeProblem>,
     .merge = reference::merge,
 };

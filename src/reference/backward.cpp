@@ -18,6 +18,13 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
+// The second pair of piecewise attention and where its gradients go.
+struct Far {
+  FarPair pair;
+  Operand dq, dk;
+};
+const FarPair* pair_of(const Far* far) { return far == nullptr ? nullptr : &far->pair; }
+
 template <class T>
 double dot(const T* a, const T* b, std::int64_t count) {
   double sum = 0.0;
@@ -71,38 +78,58 @@ void write_row(T* row, const double* sums, double factor, std::int64_t count) {
   for (std::int64_t d = 0; d < count; ++d) row[d] = round_to<T>(factor * sums[d]);
 }
 
-// dQ of the query heads that share one key head, and its dK and dV. Scratch: (seqlen_k, head_dim), (seqlen_k,
-// head_dim_v), (head_dim).
+// Doubles that backward_group needs.
+std::int64_t group_scratch_size(const Problem& f, std::int64_t pairs) {
+  return f.seqlen_k * f.head_dim_v + pairs * (f.seqlen_k + 1) * f.head_dim;
+}
+
+// Sums of one pair of query and key operands: a row of dQ, and dK of every key of the group's key head.
+struct PairSums {
+  double* dq;  // (head_dim)
+  double* dk;  // (seqlen_k, head_dim)
+  Operand dq_out, dk_out;
+};
+
+// dQ of the query heads that share one key head, and its dK and dV. far is null but for piecewise attention.
 template <class T>
-void backward_group(const BackwardProblem& problem, std::int64_t batch, std::int64_t head_kv, double* scratch) {
+void backward_group(const BackwardProblem& problem, const Far* far, std::int64_t batch, std::int64_t head_kv,
+                    double* scratch) {
   const Problem& f = problem.forward;
   const double scale = std::is_same_v<T, double> ? f.softmax_scale_f64 : double{f.softmax_scale};
-  const std::int64_t first_head = head_kv * f.group_size();
-  const Head<T> first(f, batch, first_head);
+  const std::int64_t first_head = head_kv * f.group_size(), pairs = far == nullptr ? 1 : 2;
+  const Head<T> first(f, pair_of(far), batch, first_head);
   const std::int64_t seqlen_k = first.sequence().seqlen_k;
-  double* const dk = scratch;
-  double* const dv = dk + seqlen_k * f.head_dim;
-  double* const dq = dv + seqlen_k * f.head_dim_v;
 
-  std::fill(dk, dq, 0.0);
+  std::fill_n(scratch, group_scratch_size(f, pairs), 0.0);
+  double* const dv = scratch;
+  PairSums sums[2];  // near, far
+  for (std::int64_t pair = 0; pair < pairs; ++pair) {
+    double* const dk = dv + seqlen_k * f.head_dim_v + pair * (seqlen_k + 1) * f.head_dim;
+    sums[pair] = {dk + seqlen_k * f.head_dim, dk, pair == 0 ? problem.dq : far->dq, pair == 0 ? problem.dk : far->dk};
+  }
   for (std::int64_t h = first_head; h < first_head + f.group_size(); ++h) {
-    const Head<T> head(f, batch, h);
+    const Head<T> head(f, pair_of(far), batch, h);
     for (std::int64_t i = 0; i < head.sequence().seqlen_q; ++i) {
       const Row<T> row(problem, head, i);
-      const T* q = head.query_row(f.q, i);
-      std::fill_n(dq, f.head_dim, 0.0);
+      for (std::int64_t pair = 0; pair < pairs; ++pair) std::fill_n(sums[pair].dq, f.head_dim, 0.0);
       const KeyRange keys = row.keys();
       for (std::int64_t j = keys.begin; j < keys.end; ++j) {
         const auto [weight, dscore, dproduct] = row.pair(j);
-        accumulate(dq, dproduct, head.key_row(f.k, j), f.head_dim);
-        accumulate(dk + j * f.head_dim, dproduct, q, f.head_dim);
+        const bool is_far = head.is_far(i, j);
+        const PairSums& pair = sums[is_far];
+        accumulate(pair.dq, dproduct, head.scored_key(j, is_far), f.head_dim);
+        accumulate(pair.dk + j * f.head_dim, dproduct, head.scored_query(i, is_far), f.head_dim);
         accumulate(dv + j * f.head_dim_v, weight, row.dout, f.head_dim_v);
       }
-      write_row(head.query_row(problem.dq, i), dq, scale, f.head_dim);
+      for (std::int64_t pair = 0; pair < pairs; ++pair) {
+        write_row(head.query_row(sums[pair].dq_out, i), sums[pair].dq, scale, f.head_dim);
+      }
     }
   }
   for (std::int64_t j = 0; j < seqlen_k; ++j) {
-    write_row(first.key_row(problem.dk, j), dk + j * f.head_dim, scale, f.head_dim);
+    for (std::int64_t pair = 0; pair < pairs; ++pair) {
+      write_row(first.key_row(sums[pair].dk_out, j), sums[pair].dk + j * f.head_dim, scale, f.head_dim);
+    }
     write_row(first.key_row(problem.dv, j), dv + j * f.head_dim_v, 1.0, f.head_dim_v);
   }
 }
@@ -115,7 +142,8 @@ std::int64_t stored_size(std::int64_t stride, std::int64_t size) { return stride
 
 // One (batch, head) plane of dbias, as stored.
 template <class T>
-void bias_gradient(const BackwardProblem& problem, std::int64_t stored_batch, std::int64_t stored_head, double* sums) {
+void bias_gradient(const BackwardProblem& problem, const FarPair* far, std::int64_t stored_batch,
+                   std::int64_t stored_head, double* sums) {
   const Problem& f = problem.forward;
   const BiasOperand& dbias = problem.dbias;
   const std::int64_t rows = stored_size(dbias.query_stride, f.seqlen_q);
@@ -125,7 +153,7 @@ void bias_gradient(const BackwardProblem& problem, std::int64_t stored_batch, st
   const KeyRange heads = sharing(dbias.head_stride, stored_head, f.num_heads);
   for (std::int64_t b = batches.begin; b < batches.end; ++b) {
     for (std::int64_t h = heads.begin; h < heads.end; ++h) {
-      const Head<T> head(f, b, h);
+      const Head<T> head(f, far, b, h);
       for (std::int64_t i = 0; i < f.seqlen_q; ++i) {
         const Row<T> row(problem, head, i);
         double* const sums_row = sums + (rows == 1 ? 0 : i) * columns;
@@ -149,7 +177,7 @@ void sink_gradient(const BackwardProblem& problem, std::int64_t head_index) {
   const Problem& f = problem.forward;
   double sum = 0.0;
   for (std::int64_t batch = 0; batch < f.batch; ++batch) {
-    const Head<T> head(f, batch, head_index);
+    const Head<T> head(f, nullptr, batch, head_index);
     for (std::int64_t i = 0; i < head.sequence().seqlen_q; ++i) sum += Row<T>(problem, head, i).sink_gradient();
   }
   static_cast<Statistic<T>*>(problem.dsinks)[head_index] = static_cast<Statistic<T>>(sum);
@@ -172,15 +200,15 @@ void write_unowned(const BackwardProblem& problem) {
 }
 
 template <class T>
-void backward_typed(const BackwardProblem& problem, const ExecutionContext& context) {
+void backward_typed(const BackwardProblem& problem, const Far* far, const ExecutionContext& context) {
   const Problem& f = problem.forward;
   Executor& executor = executor_of(context);
   {
     const std::int64_t groups = f.batch * f.num_heads_kv;
-    const std::int64_t scratch_size = f.seqlen_k * (f.head_dim + f.head_dim_v) + f.head_dim;
+    const std::int64_t scratch_size = group_scratch_size(f, far == nullptr ? 1 : 2);
     const Workspace workspace(context, f.device, groups * scratch_size * sizeof(double));
     executor.run(groups, [&](std::int64_t index) {
-      backward_group<T>(problem, index / f.num_heads_kv, index % f.num_heads_kv,
+      backward_group<T>(problem, far, index / f.num_heads_kv, index % f.num_heads_kv,
                         workspace.as<double>() + index * scratch_size);
     });
     write_unowned<T>(problem);
@@ -193,7 +221,8 @@ void backward_typed(const BackwardProblem& problem, const ExecutionContext& cont
         stored_size(dbias.query_stride, f.seqlen_q) * stored_size(dbias.key_stride, f.seqlen_k);
     const Workspace workspace(context, f.device, planes * plane_size * sizeof(double));
     executor.run(planes, [&](std::int64_t index) {
-      bias_gradient<T>(problem, index / heads, index % heads, workspace.as<double>() + index * plane_size);
+      bias_gradient<T>(problem, pair_of(far), index / heads, index % heads,
+                       workspace.as<double>() + index * plane_size);
     });
   }
   if (problem.dsinks != nullptr) {
@@ -204,7 +233,13 @@ void backward_typed(const BackwardProblem& problem, const ExecutionContext& cont
 }  // namespace
 
 void backward(const BackwardProblem& problem, const ExecutionContext& context) {
-  with_float_type(problem.forward.dtype, [&](auto zero) { backward_typed<decltype(zero)>(problem, context); });
+  with_float_type(problem.forward.dtype, [&](auto zero) { backward_typed<decltype(zero)>(problem, nullptr, context); });
+}
+
+void piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context) {
+  const Far far{problem.far, problem.dq_far, problem.dk_far};
+  with_float_type(problem.near.forward.dtype,
+                  [&](auto zero) { backward_typed<decltype(zero)>(problem.near, &far, context); });
 }
 
 }  // namespace onepass::reference

@@ -57,8 +57,9 @@ void forward_row(const Problem& problem, const Head<T>& head, std::int64_t i, co
 }
 
 template <class T>
-void forward_head(const Problem& problem, std::int64_t batch, std::int64_t head_index, const Scratch& scratch) {
-  const Head<T> head(problem, batch, head_index);
+void forward_head(const Problem& problem, const FarPair* far, std::int64_t batch, std::int64_t head_index,
+                  const Scratch& scratch) {
+  const Head<T> head(problem, far, batch, head_index);
   const std::int64_t seqlen_k = head.sequence().seqlen_k;
   std::fill_n(scratch.columns, seqlen_k, 0.0);
   for (std::int64_t i = 0; i < head.sequence().seqlen_q; ++i) forward_row(problem, head, i, scratch);
@@ -81,12 +82,12 @@ void write_unowned(const Problem& problem, std::int64_t head) {
 }
 
 template <class T>
-void forward_typed(const Problem& problem, const ExecutionContext& context) {
+void forward_typed(const Problem& problem, const FarPair* far, const ExecutionContext& context) {
   const std::int64_t heads = problem.batch * problem.num_heads, scratch_size = Scratch::size(problem);
   const Workspace workspace(context, problem.device, heads * scratch_size * sizeof(double));
   executor_of(context).run(heads, [&](std::int64_t index) {
     const Scratch scratch(problem, workspace.as<double>() + index * scratch_size);
-    forward_head<T>(problem, index / problem.num_heads, index % problem.num_heads, scratch);
+    forward_head<T>(problem, far, index / problem.num_heads, index % problem.num_heads, scratch);
   });
   for (std::int64_t head = 0; head < problem.num_heads; ++head) write_unowned<T>(problem, head);
 }
@@ -94,7 +95,12 @@ void forward_typed(const Problem& problem, const ExecutionContext& context) {
 }  // namespace
 
 void forward(const Problem& problem, const ExecutionContext& context) {
-  with_float_type(problem.dtype, [&](auto zero) { forward_typed<decltype(zero)>(problem, context); });
+  with_float_type(problem.dtype, [&](auto zero) { forward_typed<decltype(zero)>(problem, nullptr, context); });
+}
+
+void piecewise(const PiecewiseProblem& problem, const ExecutionContext& context) {
+  with_float_type(problem.near.dtype,
+                  [&](auto zero) { forward_typed<decltype(zero)>(problem.near, &problem.far, context); });
 }
 
 }  // namespace onepass::reference

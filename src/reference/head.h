@@ -24,8 +24,10 @@ struct Score {
 template <class T>
 class Head {
  public:
-  Head(const Problem& problem, std::int64_t batch, std::int64_t head)
+  // far: the second pair of piecewise attention, or null.
+  Head(const Problem& problem, const FarPair* far, std::int64_t batch, std::int64_t head)
       : problem_(problem),
+        far_(far),
         batch_(batch),
         head_(head),
         head_kv_(head / problem.group_size()),
@@ -49,10 +51,18 @@ class Head {
     return vector.at<Statistic<T>>(batch_, head_, sequence_.key_start + j);
   }
 
+  // Whether the logit of (i, j) is that of the far pair.
+  bool is_far(std::int64_t i, std::int64_t j) const {
+    return far_ != nullptr && i + sequence_.diagonal - j >= far_->dist_threshold;
+  }
+  const T* scored_query(std::int64_t i, bool far) const { return query_row(far ? far_->q : problem_.q, i); }
+  const T* scored_key(std::int64_t j, bool far) const { return key_row(far ? far_->k : problem_.k, j); }
+
   // softmax_scale·q·k → softcap → + ALiBi → + bias.
   Score score(std::int64_t i, std::int64_t j) const {
-    const T* q = query_row(problem_.q, i);
-    const T* k = key_row(problem_.k, j);
+    const bool far = is_far(i, j);
+    const T* q = scored_query(i, far);
+    const T* k = scored_key(j, far);
     Score s{0.0, 1.0};
     for (std::int64_t d = 0; d < problem_.head_dim; ++d) s.value += to_double(q[d]) * to_double(k[d]);
     s.value *= scale_;
@@ -93,6 +103,7 @@ class Head {
   }
 
   const Problem& problem_;
+  const FarPair* far_;
   std::int64_t batch_, head_, head_kv_;
   Sequence sequence_;
   double scale_;

@@ -12,6 +12,8 @@ namespace onepass::reference {
 
 void forward(const Problem& problem, const ExecutionContext& context);
 void backward(const BackwardProblem& problem, const ExecutionContext& context);
+void piecewise(const PiecewiseProblem& problem, const ExecutionContext& context);
+void piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context);
 void merge(const MergeProblem& problem, const ExecutionContext& context);
 
 }  // namespace onepass::reference
