@@ -1,0 +1,14 @@
+// cuda/hopper/backend.cpp: the Hopper backend's table (sm_90a).
+#include "core/backend.h"
+#include "cuda/device.h"
+
+namespace onepass {
+
+const Backend kHopperBackend{
+    .name = "hopper",
+    .device = DeviceType::kCuda,
+    .available = cuda::driver_available,
+    .describe = cuda::describe_devices,
+};
+
+}  // namespace onepass
