@@ -1,0 +1,174 @@
+// cuda/common/score.cuh: the terms of a logit beyond softmax_scale·q·k, and dropout, on accumulator fragments.
+//
+// A fragment is float[kRowTiles][kColumnTiles][4] in the layout of mma.m16n8: element e of tile (r, c) lies in row
+// 16r + lane/4 + 8(e/2) and column 8c + 2(lane%4) + e%2. A `Layout` says which of the two axes the queries are on.
+#pragma once
+
+#include "core/philox.h"
+#include "cuda/common/sequence.cuh"
+
+namespace onepass::cuda {
+
+// Rows are queries, columns are keys: S = Q·Kᵀ.
+struct QueryRows {
+  int query0, key0;  // of this thread's element (0, 0, 0)
+  ONEPASS_DEVICE int query(int r, int, int e) const { return query0 + 16 * r + 8 * (e / 2); }
+  ONEPASS_DEVICE int key(int, int c, int e) const { return key0 + 8 * c + e % 2; }
+};
+
+// Rows are keys, columns are queries: Sᵀ = K·Qᵀ.
+struct KeyRows {
+  int query0, key0;
+  ONEPASS_DEVICE int query(int, int c, int e) const { return query0 + 8 * c + e % 2; }
+  ONEPASS_DEVICE int key(int r, int, int e) const { return key0 + 16 * r + 8 * (e / 2); }
+};
+
+// What the score of one (batch, head) needs, in float and with the head's offsets applied.
+struct ScoreTerms {
+  float scale;        // softmax_scale
+  float softcap;      // 0: none
+  float inv_softcap;
+  float alibi_slope;  // 0: none
+  bool alibi_zero_for_future;
+  const void* bias;   // of (batch, head); null: none
+  DType bias_dtype;
+  std::int64_t bias_query_stride, bias_key_stride;
+};
+
+ONEPASS_DEVICE ScoreTerms score_terms(const Problem& problem, int batch, int head) {
+  ScoreTerms terms;
+  terms.scale = problem.softmax_scale;
+  terms.softcap = static_cast<float>(problem.softcap);
+  terms.inv_softcap = problem.softcap > 0 ? static_cast<float>(1.0 / problem.softcap) : 0.0f;
+  terms.alibi_slope =
+      problem.alibi_slopes != nullptr ? problem.alibi_slopes[batch * problem.alibi_batch_stride + head] : 0.0f;
+  terms.alibi_zero_for_future = problem.alibi_zero_for_future;
+  terms.bias_dtype = problem.bias.dtype;
+  terms.bias_query_stride = problem.bias.query_stride;
+  terms.bias_key_stride = problem.bias.key_stride;
+  terms.bias = nullptr;
+  if (problem.bias.data != nullptr) {
+    const std::int64_t offset = batch * problem.bias.batch_stride + head * problem.bias.head_stride;
+    const int bytes = problem.bias.dtype == DType::kFloat32 ? 4 : 2;
+    terms.bias = static_cast<const char*>(problem.bias.data) + offset * bytes;
+  }
+  return terms;
+}
+
+// Turns products q·k into logits (natural units). kExactTanh: for float32 operands.
+template <bool kExactTanh, class Layout, int R, int C>
+ONEPASS_DEVICE void apply_terms(float (&s)[R][C][4], const ScoreTerms& terms, const Layout& at,
+                                const DeviceSequence& sequence) {
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+#pragma unroll
+    for (int c = 0; c < C; ++c)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[r][c][e] *= terms.scale;
+  if (terms.softcap > 0.0f) {
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int c = 0; c < C; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float x = s[r][c][e] * terms.inv_softcap;
+          s[r][c][e] = terms.softcap * (kExactTanh ? tanhf(x) : tanh_by_exp(x));
+        }
+  }
+  if (terms.alibi_slope != 0.0f) {
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int c = 0; c < C; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int ahead = at.key(r, c, e) - (at.query(r, c, e) + sequence.diagonal);
+          const int distance = terms.alibi_zero_for_future ? max(-ahead, 0) : abs(ahead);
+          s[r][c][e] -= terms.alibi_slope * static_cast<float>(distance);
+        }
+  }
+  if (terms.bias != nullptr) {
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int c = 0; c < C; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int i = at.query(r, c, e), j = at.key(r, c, e);
+          if (i < sequence.seqlen_q && j < sequence.seqlen_k) {
+            s[r][c][e] += load_as_float(terms.bias, terms.bias_dtype,
+                                        i * terms.bias_query_stride + j * terms.bias_key_stride);
+          }
+        }
+  }
+}
+
+struct DropoutRule {
+  std::uint64_t seed, offset;
+  std::uint32_t plane;      // batch·num_heads + head
+  std::uint32_t threshold;  // a weight survives iff its word is at least this
+  bool active;
+  float survivor_scale;  // 1/(1 − p)
+};
+
+ONEPASS_DEVICE DropoutRule dropout_rule(const Problem& problem, int batch, int head) {
+  return {problem.dropout_seed,
+          problem.dropout_offset,
+          static_cast<std::uint32_t>(batch * problem.num_heads + head),
+          dropout_threshold(problem.dropout_p),
+          problem.dropout_p > 0.0,
+          static_cast<float>(1.0 / (1.0 - problem.dropout_p))};
+}
+
+// Random words of one m16n8 tile's four elements. One Philox call serves four keys of a query, so the lanes that share
+// a call's words divide the calls among them and exchange. key tiles start at multiples of 4.
+ONEPASS_DEVICE void dropout_words(const DropoutRule& rule, const QueryRows& at, int r, int c,
+                                  std::uint32_t (&words)[4]) {
+  const bool odd = threadIdx.x & 1;  // an even lane draws for its upper row, an odd one for its lower row
+  const Philox4 mine = dropout_bits(rule.seed, rule.offset, rule.plane, at.query(r, c, odd ? 2 : 0), at.key(r, c, 0) / 4);
+  const std::uint32_t first = __shfl_xor_sync(~0u, odd ? mine.word[0] : mine.word[2], 1);
+  const std::uint32_t second = __shfl_xor_sync(~0u, odd ? mine.word[1] : mine.word[3], 1);
+  words[0] = odd ? first : mine.word[0];
+  words[1] = odd ? second : mine.word[1];
+  words[2] = odd ? mine.word[2] : first;
+  words[3] = odd ? mine.word[3] : second;
+}
+
+ONEPASS_DEVICE void dropout_words(const DropoutRule& rule, const KeyRows& at, int r, int c,
+                                  std::uint32_t (&words)[4]) {
+  // Lanes 4 apart hold neighbouring keys: lane/4 % 4 is the word that this lane needs of all four calls. It draws the
+  // call of its element with that number, and a 4×4 transpose across the lanes hands the words out.
+  const int mine = (threadIdx.x / 4) % 4;
+  const bool bit0 = mine & 1, bit1 = mine & 2;
+  Philox4 drawn =
+      dropout_bits(rule.seed, rule.offset, rule.plane, at.query(r, c, 0) + (bit0 ? 1 : 0), (at.key(r, c, 0) + (bit1 ? 8 : 0)) / 4);
+#pragma unroll
+  for (int pair = 0; pair < 4; pair += 2) {
+    const std::uint32_t got = __shfl_xor_sync(~0u, drawn.word[bit0 ? pair : pair + 1], 4);
+    (bit0 ? drawn.word[pair] : drawn.word[pair + 1]) = got;
+  }
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    const std::uint32_t got = __shfl_xor_sync(~0u, drawn.word[bit1 ? pair : pair + 2], 8);
+    (bit1 ? drawn.word[pair] : drawn.word[pair + 2]) = got;
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) words[e] = drawn.word[e];
+}
+
+// Calls use(r, c, e, survives) for every element of a fragment.
+template <int R, int C, class Layout, class Use>
+ONEPASS_DEVICE void for_each_dropout(const DropoutRule& rule, const Layout& at, const Use& use) {
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      std::uint32_t words[4];
+      dropout_words(rule, at, r, c, words);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) use(r, c, e, words[e] >= rule.threshold);
+    }
+}
+
+}  // namespace onepass::cuda
