@@ -1,0 +1,35 @@
+// support/cases.h: the table of named cases, and the backends that can run them.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "support/case.h"
+
+namespace onepass::test {
+
+// Every option alone, and those that meet in one kernel together.
+const std::vector<Case>& feature_cases();
+// Plain attention, causal and not, at sizes around the edges of tiles, and every kind of head dim.
+const std::vector<Case>& shape_cases();
+
+// One backend and one dtype; the parameter of most suites.
+struct Target {
+  std::string backend;
+  DType dtype;
+  ExecutionContext context() const { return {.backend = backend.c_str()}; }
+  Device device() const;
+};
+std::string name_of_target(const Target& target);  // "cpu_float16"
+void PrintTo(const Target& target, std::ostream* stream);
+
+// Backends that are present, each with float32, float16 and bfloat16. The reference is one of them: what it rounds to
+// halves is tested as any other's.
+std::vector<Target> targets();
+
+// Whether the backend has the forward and the backward pass at all.
+bool has_forward(const Target& target);
+bool has_backward(const Target& target);
+bool has_merge(const Target& target);
+
+}  // namespace onepass::test
