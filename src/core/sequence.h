@@ -36,4 +36,12 @@ inline KeyRange visible_keys(const Problem& problem, const Sequence& s, std::int
   return range;
 }
 
+// First token after the last sequence, and the end of the tensor: rows that belong to nobody.
+inline KeyRange unowned_queries(const Problem& problem) {
+  return {problem.ragged() ? problem.cu_seqlens_q[problem.batch] : problem.total_q, problem.total_q};
+}
+inline KeyRange unowned_keys(const Problem& problem) {
+  return {problem.ragged() ? problem.cu_seqlens_k[problem.batch] : problem.total_k, problem.total_k};
+}
+
 }  // namespace onepass

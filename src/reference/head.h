@@ -109,12 +109,4 @@ class Head {
   double scale_;
 };
 
-// First token after the last sequence, and the end of the tensor: rows that belong to nobody.
-inline KeyRange unowned_queries(const Problem& problem) {
-  return {problem.ragged() ? problem.cu_seqlens_q[problem.batch] : problem.total_q, problem.total_q};
-}
-inline KeyRange unowned_keys(const Problem& problem) {
-  return {problem.ragged() ? problem.cu_seqlens_k[problem.batch] : problem.total_k, problem.total_k};
-}
-
 }  // namespace onepass::reference
