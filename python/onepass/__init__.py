@@ -1,0 +1,27 @@
+"""Exact attention in one pass over the keys and values, for training and inference, on CPUs and NVIDIA GPUs.
+
+``onepass.attention(q, k, v)`` is the main entry point; ``help(onepass.attention)`` explains its options.
+"""
+
+from onepass._ops import ops as _ops
+from onepass.functional import (
+    AttentionResult,
+    alibi_slopes,
+    attention,
+    info,
+    merge_states,
+    varlen_attention,
+)
+from onepass.sdpa import scaled_dot_product_attention
+
+__version__: str = _ops.version()
+
+__all__ = [
+    "AttentionResult",
+    "alibi_slopes",
+    "attention",
+    "info",
+    "merge_states",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

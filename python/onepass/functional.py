@@ -1,0 +1,363 @@
+"""The functions of the public API. Tensors are ``(batch, num_heads, seqlen, head_dim)`` or, ragged, ``(total,
+num_heads, head_dim)``; strides are free, except that inputs whose last dimension is not contiguous are copied.
+
+Method: tiled online softmax (Milakov and Gimelshein 2018; Rabe and Staats 2021; Dao et al. 2022, FlashAttention):
+exact, without ever storing the score matrix. Options and their order are those of docs/semantics.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from onepass._library import translated
+from onepass._ops import Score, ScoreTensors, ops, option_arguments
+from onepass.autograd import Attention, MergeStates, VarlenLimits
+
+Window = tuple[int | None, int | None]
+Alignment = Literal["bottom_right", "top_left"]
+
+_attention = ops.attention
+_autocast_enabled = torch._C._is_any_autocast_enabled
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class AttentionResult(NamedTuple):
+    """What a call with a ``return_*`` flag gives; ``None`` where not asked for."""
+
+    out: Tensor
+    lse: Tensor | None = None
+    total_attention: Tensor | None = None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    return_total_attention: bool = False,
+    key_begin: Tensor | None = None,
+    key_end: Tensor | None = None,
+    alignment: Alignment = "bottom_right",
+    alibi_zero_for_future: bool = False,
+) -> Any:
+    """Exact attention, ``softmax(softmax_scale · q @ kᵀ + …) @ v``, differentiable.
+
+    Args:
+        q: ``(batch, num_heads, seqlen_q, head_dim)``: float32, float16 or bfloat16 (float64 on the CPU: the slow
+            reference, for gradcheck). Its memory order of dimensions is that of the output.
+        k: ``(batch, num_heads_kv, seqlen_k, head_dim)``; ``num_heads`` is a multiple of ``num_heads_kv``.
+        v: ``(batch, num_heads_kv, seqlen_k, head_dim_v)``.
+        causal: query i sees key j iff ``j ≤ i + seqlen_k − seqlen_q`` (bottom-right aligned; see ``alignment``).
+        softmax_scale: factor of the logits, default ``1/√head_dim``.
+        window: ``(left, right)``: key j is visible iff ``i' − left ≤ j ≤ i' + right`` with
+            ``i' = i + seqlen_k − seqlen_q``; ``None`` inside the pair is unbounded. The token itself is not counted.
+        softcap: if > 0, logits become ``softcap · tanh(logit / softcap)``.
+        alibi_slopes: float32 ``(num_heads)`` or ``(batch, num_heads)``: adds ``−slope · |i' − j|``. Not differentiable.
+        bias: added to the logits, broadcastable to ``(batch, num_heads, seqlen_q, seqlen_k)``, any float dtype,
+            differentiable.
+        sinks: ``(num_heads)``: one more logit per head, in the denominator only; differentiable.
+        dropout_p: probability, in [0, 1), of dropping an attention weight; survivors are scaled by ``1/(1 − p)``.
+            Seed and offset come from torch's generator of the device.
+        deterministic: the backward pass gives the same bits every run (the forward pass always does).
+        return_lse: also return the natural logarithm of the softmax denominators, float32
+            ``(batch, num_heads, seqlen_q)``; differentiable without dropout.
+        return_total_attention: also return the sum over queries of the weights before dropout, float32
+            ``(batch, num_heads, seqlen_k)``; not differentiable.
+        key_begin: int32 ``(batch)``: first visible key of each sequence (left padding). Alignment is not affected.
+        key_end: int32 ``(batch)``: one past the last visible key of each sequence (right padding).
+        alignment: ``"top_left"`` takes ``i' = i`` everywhere: PyTorch's causal rule.
+        alibi_zero_for_future: without a causal mask, ALiBi leaves future keys at 0 instead of ``−slope · |i' − j|``.
+
+    Returns:
+        ``(batch, num_heads, seqlen_q, head_dim_v)`` in the dtype of ``q`` (the autocast dtype under autocast); with a
+        ``return_*`` flag an :class:`AttentionResult`. Rows that see no key: out 0, lse −inf, gradients 0.
+
+    Raises:
+        ValueError: a shape or value that no backend could take; nothing has been written.
+        TypeError: a dtype or device that the operation does not take.
+        NotImplementedError: a request that no backend here serves; the message says why.
+    """
+    plain = (
+        window is None
+        and bias is None
+        and sinks is None
+        and alibi_slopes is None
+        and key_begin is None
+        and key_end is None
+        and not (softcap or dropout_p or return_lse or return_total_attention)
+        and alignment == "bottom_right"
+    )
+    if plain and not _needs_gradient(q, k, v) and not _autocast_enabled():
+        try:
+            return _attention(q, k, v, causal, softmax_scale)
+        except RuntimeError as error:
+            raise translated(error) from None
+    result = attention_with_state(
+        q,
+        k,
+        v,
+        ScoreTensors(bias, sinks, alibi_slopes, key_begin, key_end),
+        _score("attention", causal, softmax_scale, window, softcap, dropout_p, alignment, alibi_zero_for_future),
+        deterministic=deterministic,
+        return_lse=return_lse,
+        return_total_attention=return_total_attention,
+    )
+    return result if return_lse or return_total_attention else result.out
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    return_total_attention: bool = False,
+    key_begin: Tensor | None = None,
+    key_end: Tensor | None = None,
+    alignment: Alignment = "bottom_right",
+    alibi_zero_for_future: bool = False,
+) -> Any:
+    """Attention over a ragged batch: sequences packed one after the other, no padding.
+
+    Args:
+        q: ``(total_q, num_heads, head_dim)``.
+        k: ``(total_k, num_heads_kv, head_dim)``.
+        v: ``(total_k, num_heads_kv, head_dim_v)``.
+        cu_seqlens_q: int32 ``(batch + 1)`` cumulative lengths: first 0, not decreasing, last ≤ total_q. int64 is
+            converted.
+        cu_seqlens_k: the same of the keys.
+        max_seqlen_q: length of the longest sequence, if known. On the CPU it is computed; on CUDA a bound spares work.
+        max_seqlen_k: the same of the keys.
+
+    The other options are those of :func:`attention`, except that a bias is not taken; ``key_begin`` and ``key_end``
+    count from the sequence's first key.
+
+    Returns:
+        ``(total_q, num_heads, head_dim_v)``; with a ``return_*`` flag an :class:`AttentionResult` whose ``lse`` is
+        ``(num_heads, total_q)`` and ``total_attention`` ``(num_heads, total_k)``.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as :func:`attention`.
+    """
+    result = attention_with_state(
+        q,
+        k,
+        v,
+        ScoreTensors(None, sinks, alibi_slopes, key_begin, key_end),
+        _score("varlen_attention", causal, softmax_scale, window, softcap, dropout_p, alignment, alibi_zero_for_future),
+        ragged=(cu_seqlens_q, cu_seqlens_k, VarlenLimits(max_seqlen_q or 0, max_seqlen_k or 0)),
+        deterministic=deterministic,
+        return_lse=return_lse,
+        return_total_attention=return_total_attention,
+    )
+    return result if return_lse or return_total_attention else result.out
+
+
+def attention_with_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: ScoreTensors,
+    score: Score,
+    *,
+    ragged: tuple[Tensor, Tensor, VarlenLimits] | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    return_total_attention: bool = False,
+) -> AttentionResult:
+    """The general call behind the public ones. ``tensors.dropout_state`` fixes the dropout mask (see
+    :func:`draw_dropout_state`); without it one is drawn when ``score.dropout_p`` > 0.
+    """
+    operation = "attention" if ragged is None else "varlen_attention"
+    q, k, v = _autocast(q, k, v)
+    tensors = _prepared(operation, q, tensors, score)
+    cu_seqlens_q, cu_seqlens_k, limits = (None, None, VarlenLimits()) if ragged is None else ragged
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32)
+    lse: Tensor | None
+    total_attention: Tensor | None
+    try:
+        if _needs_gradient(q, k, v, tensors.bias, tensors.sinks):
+            out, lse, total_attention = Attention.apply(
+                q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k, limits, score, deterministic, return_total_attention
+            )
+        else:
+            options = option_arguments(score, tensors)
+            positional = (q, k, v) if ragged is None else (q, k, v, cu_seqlens_q, cu_seqlens_k, *limits)
+            if return_lse or return_total_attention:
+                name = f"{operation}_with_lse"
+                out, lse, total_attention = getattr(ops, name)(*positional, *options, return_total_attention)
+            else:
+                out, lse, total_attention = getattr(ops, operation)(*positional, *options), None, None
+    except RuntimeError as error:
+        raise translated(error) from None
+    return AttentionResult(out, lse if return_lse else None, total_attention if return_total_attention else None)
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The result over the union of two disjoint sets of keys from the results over each, exactly; differentiable.
+
+    Args:
+        out_a, out_b: ``(batch, num_heads, seqlen_q, head_dim_v)`` of one dtype.
+        lse_a, lse_b: float32 ``(batch, num_heads, seqlen_q)`` (float64 beside float64), natural logarithms.
+
+    Returns:
+        ``(out, lse)`` with ``lse = log(exp(lse_a) + exp(lse_b))``. Two empty parts give (0, −inf); an empty part
+        leaves the other's bits as they are.
+
+    Raises:
+        ValueError, TypeError: as :func:`attention`.
+    """
+    try:
+        if _needs_gradient(out_a, lse_a, out_b, lse_b):
+            out, lse = MergeStates.apply(out_a, lse_a, out_b, lse_b)
+        else:
+            out, lse = ops.merge_states(out_a, lse_a, out_b, lse_b)
+    except RuntimeError as error:
+        raise translated(error) from None
+    return out, lse
+
+
+def alibi_slopes(num_heads: int, *, geometric: bool = False, device: torch.device | str | None = None) -> Tensor:
+    """The standard slopes of attention with linear biases (Press et al. 2021), float32 ``(num_heads)``.
+
+    Args:
+        num_heads: any count ≥ 1. A power of two: head h (from 0) gets ``2^(−8(h + 1)/num_heads)``. Others: the slopes
+            of the next lower power of two, then every other one of twice that count (as in the authors' code).
+        geometric: use the formula of powers of two for every count.
+        device: of the result, default the CPU.
+
+    Raises:
+        ValueError: ``num_heads`` < 1.
+    """
+    if num_heads < 1:
+        raise ValueError(f"alibi_slopes: num_heads: got {num_heads}; need at least 1")
+
+    def powers(count: int) -> list[float]:
+        return [2.0 ** (-8.0 * (head + 1) / count) for head in range(count)]
+
+    lower = 1 << (num_heads.bit_length() - 1)
+    slopes = powers(num_heads) if geometric else powers(lower) + powers(2 * lower)[0::2][: num_heads - lower]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+def draw_dropout_state(device: torch.device) -> Tensor:
+    """int64 ``(seed, offset)`` on the CPU, drawn from torch's generator of ``device`` (which advances)."""
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        torch.cuda.init()
+        generator = torch.cuda.default_generators[device.index or 0]
+        offset = generator.get_offset()
+        generator.set_offset(offset + 4)  # torch counts in steps of 4
+        return torch.tensor([generator.initial_seed() & (2**63 - 1), offset], dtype=torch.int64)
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device).cpu()
+
+
+def info() -> str:
+    """Version, backends with the reason where one is absent, instruction set or GPU, threads and build, as text."""
+    return f"{ops.info().rstrip()}\ntorch: {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` in the autocast dtype, as torch does for its own attention (float64 stays)."""
+    if not _autocast_enabled():
+        return tensors
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
+def _score(
+    operation: str,
+    causal: bool,
+    softmax_scale: float | None,
+    window: Window | None,
+    softcap: float,
+    dropout_p: float,
+    alignment: str,
+    alibi_zero_for_future: bool,
+) -> Score:
+    if alignment not in ("bottom_right", "top_left"):
+        raise ValueError(f"{operation}: alignment: got {alignment!r}; need 'bottom_right' or 'top_left'")
+    if window is not None and not (isinstance(window, tuple | list) and len(window) == 2):
+        raise ValueError(f"{operation}: window: got {window!r}; need None or a pair (left, right)")
+    left, right = (None, None) if window is None else window
+    top_left = alignment == "top_left"
+    return Score(causal, softmax_scale, dropout_p, left, right, softcap, top_left, alibi_zero_for_future)
+
+
+def _prepared(operation: str, q: Tensor, tensors: ScoreTensors, score: Score) -> ScoreTensors:
+    """The score's tensors in the forms that the operations take."""
+    bias, sinks, slopes, key_begin, key_end, dropout_state = tensors
+    if slopes is not None:
+        if slopes.requires_grad:
+            raise NotImplementedError(
+                f"{operation}: alibi_slopes: got a tensor that requires grad; need one that does not (slopes are "
+                "not differentiable; a bias is)"
+            )
+        slopes = slopes.to(torch.float32)
+    if bias is not None:
+        bias = _prepared_bias(operation, q, bias)
+    if sinks is not None:
+        sinks = _as_score_dtype(operation, "sinks", q, sinks)
+    if dropout_state is None and score.dropout_p > 0.0:
+        dropout_state = draw_dropout_state(q.device)
+    return ScoreTensors(bias, sinks, slopes, key_begin, key_end, dropout_state)
+
+
+def _prepared_bias(operation: str, q: Tensor, bias: Tensor) -> Tensor:
+    if bias.dim() > 4:
+        raise ValueError(
+            f"{operation}: bias: got {bias.dim()} dimensions; need at most 4, broadcastable to "
+            "(batch, num_heads, seqlen_q, seqlen_k)"
+        )
+    bias = _as_score_dtype(operation, "bias", q, bias)[(None,) * (4 - bias.dim())]
+    if bias.requires_grad:  # an expanded dimension gets its gradient summed, not stored
+        for dim in range(4):
+            if bias.stride(dim) == 0 and bias.shape[dim] > 1:
+                bias = bias.narrow(dim, 0, 1)
+    return bias
+
+
+def _as_score_dtype(operation: str, name: str, q: Tensor, tensor: Tensor) -> Tensor:
+    """In the dtype of q, or in float32 (float64 beside float64)."""
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{operation}: {name}: got {tensor.dtype}; need a floating-point tensor")
+    if tensor.dtype == q.dtype:
+        return tensor
+    return tensor.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
