@@ -22,8 +22,7 @@ constexpr const char* backward_name_of(Form form) {
 
 // q, k, v and, ragged, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k.
 struct Operands {
-  Operands(Arguments& arguments, Form form)
-      : q(arguments.tensor()), k(arguments.tensor()), v(arguments.tensor()) {
+  Operands(Arguments& arguments, Form form) : q(arguments.tensor()), k(arguments.tensor()), v(arguments.tensor()) {
     if (form == Form::kDense) return;
     cu_seqlens_q = arguments.tensor();
     cu_seqlens_k = arguments.tensor();
@@ -167,6 +166,20 @@ void backward(Stack stack, Form form) {
 
 }  // namespace
 
+void plain_attention(Stack stack, std::uint64_t, std::uint64_t) {
+  Arguments arguments(stack);
+  Operands operands(arguments, Form::kDense);
+  const bool causal = arguments.boolean();
+  const std::optional<double> softmax_scale = arguments.optional_real();
+  const Tensor out = translate_errors([&] {
+    operands.make_rows_contiguous();
+    const OperandViews views(operands, Form::kDense, name_of(Form::kDense));
+    NewTensor result = empty_out(views, Form::kDense);
+    run(operands, views, Form::kDense, {.out = result.view}, {.causal = causal, .softmax_scale = softmax_scale});
+    return result.tensor;
+  });
+  set_results(stack, out);
+}
 void attention(Stack stack, std::uint64_t, std::uint64_t) { forward(stack, Form::kDense); }
 void attention_with_lse(Stack stack, std::uint64_t, std::uint64_t) { forward_with_lse(stack, Form::kDense); }
 void attention_backward(Stack stack, std::uint64_t, std::uint64_t) { backward(stack, Form::kDense); }

@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -57,6 +59,40 @@ Executor* executor() {
   return nullptr;
 }
 
+// Workspace of small calls: one block of each thread is kept, so that a call does not pay for a trip of a large block
+// through malloc, which hands such blocks back to the system. Larger requests, and nested ones, are served directly.
+class ScratchAllocator final : public Allocator {
+ public:
+  void* allocate(std::size_t bytes, Device, void*) override {
+    if (bytes > kKept || scratch.used) return ::operator new(bytes, kAlignment, std::nothrow);
+    if (scratch.block == nullptr) scratch.block.reset(::operator new(kKept, kAlignment, std::nothrow));
+    scratch.used = scratch.block != nullptr;
+    return scratch.block.get();
+  }
+  void deallocate(void* block, std::size_t, Device, void*) override {
+    if (block == scratch.block.get()) {
+      scratch.used = false;
+    } else {
+      ::operator delete(block, kAlignment);
+    }
+  }
+
+ private:
+  static constexpr std::size_t kKept = std::size_t{1} << 20;
+  static constexpr std::align_val_t kAlignment{256};  // promised by Allocator
+
+  struct Free {
+    void operator()(void* block) const { ::operator delete(block, kAlignment); }
+  };
+  struct Scratch {
+    std::unique_ptr<void, Free> block;
+    bool used = false;
+  };
+  static thread_local Scratch scratch;
+};
+
+thread_local ScratchAllocator::Scratch ScratchAllocator::scratch;
+
 // Entry points that only a CUDA build of torch has, looked up in the libtorch_cuda that torch has loaded.
 struct CudaEntryPoints {
   AOTITorchError (*current_stream)(std::int32_t device, void** stream) = nullptr;
@@ -100,7 +136,9 @@ class TorchCudaAllocator final : public Allocator {
 
 CallContext::CallContext(Device device) {
   if (device.type == DeviceType::kCpu) {
+    static ScratchAllocator scratch_allocator;
     context_.executor = executor();
+    context_.allocator = &scratch_allocator;
     return;
   }
   static TorchCudaAllocator allocator;

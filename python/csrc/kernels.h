@@ -8,6 +8,7 @@
 
 namespace onepass::binding {
 
+void plain_attention(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
 void attention(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
 void attention_with_lse(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
 void attention_backward(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);

@@ -14,6 +14,7 @@ namespace {
 template <class Library>
 void register_kernels(Library& library) {
   using namespace onepass::binding;
+  library.impl("plain_attention", &plain_attention);
   library.impl("attention", &attention);
   library.impl("attention_with_lse", &attention_with_lse);
   library.impl("attention_backward", &attention_backward);
@@ -26,6 +27,7 @@ void register_kernels(Library& library) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(onepass, library) {
+  library.def("plain_attention(Tensor q, Tensor k, Tensor v, bool causal=False, float? softmax_scale=None) -> Tensor");
   library.def("attention(Tensor q, Tensor k, Tensor v, " ONEPASS_ATTENTION_OPTIONS ") -> Tensor");
   library.def("attention_with_lse(Tensor q, Tensor k, Tensor v, " ONEPASS_ATTENTION_OPTIONS
               ", bool return_total_attention=False) -> (Tensor out, Tensor lse, Tensor total_attention)");

@@ -113,4 +113,5 @@ for _prefix in ("", "varlen_"):
         f"{_prefix}attention_backward",
         lambda a: _empty_gradients(a.q, a.k, a.v, a.bias, a.bias_gradient, a.sinks_gradient),
     )
+_fake("plain_attention", lambda a: _empty_results(a.q, a.k, a.v, False)[0])
 _fake("merge_states", lambda a: (_empty_in_order_of(a.out_a, a.out_a.shape), a.lse_a.new_empty(a.lse_a.shape)))

@@ -19,7 +19,12 @@ from onepass.autograd import Attention, MergeStates, VarlenLimits
 Window = tuple[int | None, int | None]
 Alignment = Literal["bottom_right", "top_left"]
 
-_attention = ops.attention
+# A small call costs a few microseconds, so what lies on its way is looked up once, and the operation is called without
+# the Python frame of its packet (which torch.compile needs to see).
+_plain_attention = ops.plain_attention
+_plain_attention_eager = getattr(ops.plain_attention, "_op", ops.plain_attention)
+_is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
 _autocast_enabled = torch._C._is_any_autocast_enabled
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -90,7 +95,7 @@ def attention(
         TypeError: a dtype or device that the operation does not take.
         NotImplementedError: a request that no backend here serves; the message says why.
     """
-    plain = (
+    if (
         window is None
         and bias is None
         and sinks is None
@@ -99,10 +104,13 @@ def attention(
         and key_end is None
         and not (softcap or dropout_p or return_lse or return_total_attention)
         and alignment == "bottom_right"
-    )
-    if plain and not _needs_gradient(q, k, v) and not _autocast_enabled():
+        and not _autocast_enabled()
+        and not (_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+    ):
+        if _is_compiling():
+            return _plain_attention(q, k, v, causal, softmax_scale)
         try:
-            return _attention(q, k, v, causal, softmax_scale)
+            return _plain_attention_eager(q, k, v, causal, softmax_scale)
         except RuntimeError as error:
             raise translated(error) from None
     result = attention_with_state(

@@ -43,12 +43,16 @@ def scaled_dot_product_attention(
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`onepass.attention`.
     """
-    simple = attn_mask is None and not enable_gqa and not dropout_p
-    if simple and query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
-        alignment: functional.Alignment = "top_left" if is_causal and query.shape[2] != key.shape[2] else "bottom_right"
-        out: Tensor = functional.attention(
-            query, key, value, causal=is_causal, softmax_scale=scale, alignment=alignment
-        )
+    if (
+        attn_mask is None
+        and not enable_gqa
+        and not dropout_p
+        and query.dim() == key.dim() == value.dim() == 4
+        and query.size(1) == key.size(1) == value.size(1)
+        and query.size(0) == key.size(0) == value.size(0)
+        and (not is_causal or query.size(2) == key.size(2))
+    ):
+        out: Tensor = functional.attention(query, key, value, causal=is_causal, softmax_scale=scale)
         return out
     if attn_mask is not None and is_causal:
         raise ValueError(f"{_NAME}: attn_mask: got a mask with is_causal=True; need one of the two")
