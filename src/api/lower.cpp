@@ -185,7 +185,9 @@ void lower_sinks(const Call& call, Problem& problem) {
 void lower_score(const Call& call, Problem& problem) {
   const AttentionOptions& options = call.options;
   const double scale = options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.head_dim)));
-  if (!std::isfinite(scale)) refuse(call.operation, "softmax_scale", std::to_string(scale), "a finite number");
+  if (!std::isfinite(static_cast<float>(scale))) {
+    refuse(call.operation, "softmax_scale", std::to_string(scale), "a finite number that float32 can hold");
+  }
   problem.softmax_scale = static_cast<float>(scale);
   problem.softmax_scale_f64 = scale;
   if (!std::isfinite(options.softcap) || options.softcap < 0) {

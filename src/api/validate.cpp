@@ -25,15 +25,6 @@ bool byte_extent(const TensorView& view, std::int64_t& low, std::int64_t& high) 
          !__builtin_mul_overflow(high, size_of(view.dtype), &high);
 }
 
-bool overlap(const TensorView& a, const TensorView& b) {
-  if (a.numel() == 0 || b.numel() == 0 || a.device != b.device) return false;
-  std::int64_t a_low, a_high, b_low, b_high;
-  byte_extent(a, a_low, a_high);
-  byte_extent(b, b_low, b_high);
-  const auto a_base = reinterpret_cast<std::intptr_t>(a.data), b_base = reinterpret_cast<std::intptr_t>(b.data);
-  return a_base + a_low < b_base + b_high && b_base + b_low < a_base + a_high;
-}
-
 // Taken by rising stride, each dimension must step over all that the smaller ones span.
 bool addresses_distinct(const TensorView& view) {
   if (view.numel() == 0) return true;
@@ -59,6 +50,15 @@ std::string describe_device(Device device) {
 }
 
 }  // namespace
+
+bool overlap(const TensorView& a, const TensorView& b) {
+  if (a.numel() == 0 || b.numel() == 0 || a.device != b.device) return false;
+  std::int64_t a_low, a_high, b_low, b_high;
+  byte_extent(a, a_low, a_high);
+  byte_extent(b, b_low, b_high);
+  const auto a_base = reinterpret_cast<std::intptr_t>(a.data), b_base = reinterpret_cast<std::intptr_t>(b.data);
+  return a_base + a_low < b_base + b_high && b_base + b_low < a_base + a_high;
+}
 
 void refuse(const char* operation, const char* argument, const std::string& received, const std::string& required,
             ErrorCode code) {

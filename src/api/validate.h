@@ -32,6 +32,9 @@ void check_shape(const char* operation, Named tensor, std::initializer_list<std:
 void check_dtype(const char* operation, Named tensor, std::initializer_list<DType> allowed);
 void check_device(const char* operation, Named tensor, Device device);
 
+// Whether the memory from the first to the last byte of one meets that of the other.
+bool overlap(const TensorView& a, const TensorView& b);
+
 // Every element of an output has its own address, and its memory lies apart from that of all inputs.
 void check_output(const char* operation, Named output, std::initializer_list<Named> inputs);
 

@@ -6,7 +6,9 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
+#include <map>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -72,7 +74,12 @@ struct ThreadPool::State {
 };
 
 ThreadPool::ThreadPool(int num_threads) : state_(std::make_unique<State>()) {
-  for (int i = 1; i < num_threads; ++i) state_->workers.emplace_back([this] { state_->worker(); });
+  state_->workers.reserve(std::max(0, num_threads - 1));
+  try {
+    for (int i = 1; i < num_threads; ++i) state_->workers.emplace_back([this] { state_->worker(); });
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those made so far do the work.
+  }
 }
 
 ThreadPool::~ThreadPool() {
@@ -121,13 +128,17 @@ namespace {
 
 std::mutex pool_mutex;
 std::atomic<int> wanted_threads{0};  // 0: of the hardware
-ThreadPool* pool = nullptr;          // leaked on purpose: joining threads in static destructors can deadlock at exit
+
+// By thread count, so that switching back and forth makes no new threads, and none that another caller uses goes away.
+// Leaked on purpose: joining threads in static destructors can deadlock at exit.
+using Pools = std::map<int, ThreadPool*>;
+Pools* pools = nullptr;
 
 int hardware_threads() { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); }
 
 void after_fork_in_child() {
   new (&pool_mutex) std::mutex;  // whoever held it does not exist here
-  pool = nullptr;
+  pools = nullptr;
 }
 
 }  // namespace
@@ -136,8 +147,9 @@ Executor& default_executor() {
   static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
   static_cast<void>(registered);
   const std::lock_guard lock(pool_mutex);
-  const int threads = num_threads();
-  if (pool == nullptr || pool->concurrency() != threads) pool = new ThreadPool(threads);
+  if (pools == nullptr) pools = new Pools;
+  ThreadPool*& pool = (*pools)[num_threads()];
+  if (pool == nullptr) pool = new ThreadPool(num_threads());
   return *pool;
 }
 

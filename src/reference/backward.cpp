@@ -199,32 +199,42 @@ void write_unowned(const BackwardProblem& problem) {
   }
 }
 
+// How dbias is stored: (planes, plane_size), of which each batch and head has its own or all share one.
+struct BiasPlanes {
+  std::int64_t heads = 0, planes = 0, plane_size = 0;
+
+  explicit BiasPlanes(const BackwardProblem& problem) {
+    const Problem& f = problem.forward;
+    const BiasOperand& dbias = problem.dbias;
+    if (!dbias) return;
+    heads = stored_size(dbias.head_stride, f.num_heads);
+    planes = stored_size(dbias.batch_stride, f.batch) * heads;
+    plane_size = stored_size(dbias.query_stride, f.seqlen_q) * stored_size(dbias.key_stride, f.seqlen_k);
+  }
+};
+
 template <class T>
 void backward_typed(const BackwardProblem& problem, const Far* far, const ExecutionContext& context) {
   const Problem& f = problem.forward;
+  const std::int64_t groups = f.batch * f.num_heads_kv;
+  const std::int64_t scratch_size = group_scratch_size(f, far == nullptr ? 1 : 2);
+  const BiasPlanes bias(problem);
+  // All at once: when memory is short nothing has been written yet.
+  const Workspace workspace(context, f.device,
+                            (groups * scratch_size + bias.planes * bias.plane_size) * sizeof(double));
+  double* const group_scratch = workspace.as<double>();
+  double* const bias_sums = group_scratch + groups * scratch_size;
+
   Executor& executor = executor_of(context);
-  {
-    const std::int64_t groups = f.batch * f.num_heads_kv;
-    const std::int64_t scratch_size = group_scratch_size(f, far == nullptr ? 1 : 2);
-    const Workspace workspace(context, f.device, groups * scratch_size * sizeof(double));
-    executor.run(groups, [&](std::int64_t index) {
-      backward_group<T>(problem, far, index / f.num_heads_kv, index % f.num_heads_kv,
-                        workspace.as<double>() + index * scratch_size);
-    });
-    write_unowned<T>(problem);
-  }
-  if (problem.dbias) {
-    const BiasOperand& dbias = problem.dbias;
-    const std::int64_t heads = stored_size(dbias.head_stride, f.num_heads);
-    const std::int64_t planes = stored_size(dbias.batch_stride, f.batch) * heads;
-    const std::int64_t plane_size =
-        stored_size(dbias.query_stride, f.seqlen_q) * stored_size(dbias.key_stride, f.seqlen_k);
-    const Workspace workspace(context, f.device, planes * plane_size * sizeof(double));
-    executor.run(planes, [&](std::int64_t index) {
-      bias_gradient<T>(problem, pair_of(far), index / heads, index % heads,
-                       workspace.as<double>() + index * plane_size);
-    });
-  }
+  executor.run(groups, [&](std::int64_t index) {
+    backward_group<T>(problem, far, index / f.num_heads_kv, index % f.num_heads_kv,
+                      group_scratch + index * scratch_size);
+  });
+  write_unowned<T>(problem);
+  executor.run(bias.planes, [&](std::int64_t index) {
+    bias_gradient<T>(problem, pair_of(far), index / bias.heads, index % bias.heads,
+                     bias_sums + index * bias.plane_size);
+  });
   if (problem.dsinks != nullptr) {
     executor.run(f.num_heads, [&](std::int64_t head) { sink_gradient<T>(problem, head); });
   }
