@@ -18,7 +18,7 @@ enum class AlibiKind { kNone, kPerHead, kPerBatch, kZeroForFuture };
 enum class Layouts { kContiguous, kSwapped, kPadded, kMixed };  // of all tensors; mixed: each its own
 
 struct Case {
-  std::string name;
+  std::string name = {};
   std::int64_t batch = 2, num_heads = 4, num_heads_kv = 2;
   std::int64_t seqlen_q = 70, seqlen_k = 90, head_dim = 64;
   std::int64_t head_dim_v = 0;                               // 0: head_dim
