@@ -1,0 +1,29 @@
+"""Hugging Face transformers (5.x): importing this module registers ``attn_implementation="onepass"``.
+
+    import onepass.huggingface
+    model = AutoModel.from_pretrained(name, attn_implementation="onepass")
+
+Grouped key/value heads, sliding windows, softcap, attention sinks, position biases, ALiBi, dropout and packed rows pass
+through; left and right padding become bounds on the keys, so no (batch, 1, seqlen, seqlen) mask is stored.
+"""
+
+from __future__ import annotations
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from onepass.huggingface.attention import onepass_attention
+from onepass.huggingface.masks import Visibility, VisibleKeys, onepass_mask
+from onepass.huggingface.models import register_models
+
+__all__ = ["Visibility", "VisibleKeys", "onepass_attention", "onepass_mask", "register"]
+
+
+def register(name: str = "onepass") -> None:
+    """Registers the attention and the mask function, and the attention classes of models that bring their own code
+    (GPT-J, Falcon, BLOOM, MPT), under ``name``. Importing this module does it for ``"onepass"``."""
+    AttentionInterface.register(name, onepass_attention)
+    AttentionMaskInterface.register(name, onepass_mask)
+    register_models(name)
+
+
+register()
