@@ -6,6 +6,7 @@
 #include "onepass/attention.h"
 #include "onepass/error.h"
 #include "onepass/execution.h"
+#include "onepass/kv_cache.h"
 #include "onepass/piecewise.h"
 #include "onepass/tensor.h"
 

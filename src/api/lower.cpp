@@ -12,14 +12,6 @@ namespace {
 constexpr std::int64_t kMaxHeadDim = 256;
 constexpr std::int64_t kMaxTokens = std::numeric_limits<std::int32_t>::max();
 
-// Shape, dtype and device of an int32 vector beside the operands.
-void check_int32_vector(const Call& call, Named vector, std::int64_t size) {
-  check_tensor(call.operation, vector, 1);
-  check_dtype(call.operation, vector, {DType::kInt32});
-  check_device(call.operation, vector, call.q.view.device);
-  check_shape(call.operation, vector, {size});
-}
-
 // Host bounds are read and checked here; device bounds are checked by the kernels that read them.
 std::int64_t longest_host_sequence(const Call& call, Named cu_seqlens, std::int64_t total) {
   const auto* bounds = static_cast<const std::int32_t*>(cu_seqlens.view.data);
@@ -41,13 +33,23 @@ std::int64_t longest_host_sequence(const Call& call, Named cu_seqlens, std::int6
   return longest;
 }
 
-// The longest sequence: exact on the CPU, where max_seqlen is not needed; on CUDA the caller's bound.
+}  // namespace
+
+void check_int32_vector(const Call& call, Named vector, std::int64_t size) {
+  check_tensor(call.operation, vector, 1);
+  check_dtype(call.operation, vector, {DType::kInt32});
+  check_device(call.operation, vector, call.q.view.device);
+  check_shape(call.operation, vector, {size});
+}
+
 std::int64_t longest_sequence(const Call& call, Named cu_seqlens, const char* max_name, std::int64_t max_seqlen,
                               std::int64_t total) {
   if (max_seqlen < 0) refuse(call.operation, max_name, std::to_string(max_seqlen), "0 (unknown) or more");
   if (call.q.view.device.type == DeviceType::kCpu) return longest_host_sequence(call, cu_seqlens, total);
   return max_seqlen == 0 ? total : std::min(max_seqlen, total);
 }
+
+namespace {
 
 void lower_ragged_sizes(const Call& call, Problem& problem) {
   const VarlenShape& shape = *call.varlen;
@@ -212,6 +214,11 @@ void lower_score(const Call& call, Problem& problem) {
 
 }  // namespace
 
+void lower_options(const Call& call, Problem& problem) {
+  lower_mask(call, problem);
+  lower_score(call, problem);
+}
+
 Operand lower_operand(const Call& call, const Problem& problem, Named tensor, std::int64_t heads, Tokens tokens,
                       std::int64_t dim) {
   const bool query = tokens == Tokens::kQuery;
@@ -246,8 +253,7 @@ RowVector lower_rows(const Call& call, const Problem& problem, Named tensor, Tok
 Problem lower(const Call& call) {
   Problem problem;
   lower_inputs(call, problem);
-  lower_mask(call, problem);
-  lower_score(call, problem);
+  lower_options(call, problem);
   return problem;
 }
 

@@ -25,6 +25,14 @@ inline DType row_dtype(const Problem& problem) {
 // Everything that does not depend on the outputs.
 Problem lower(const Call& call);
 
+// Its parts. Mask and score terms of the options, for a problem whose sizes are known.
+void lower_options(const Call& call, Problem& problem);
+// Shape, dtype and device of an int32 vector beside the operands.
+void check_int32_vector(const Call& call, Named vector, std::int64_t size);
+// The longest sequence: exact on the CPU, where max_seqlen is not needed; on CUDA the caller's bound.
+std::int64_t longest_sequence(const Call& call, Named cu_seqlens, const char* max_name, std::int64_t max_seqlen,
+                              std::int64_t total);
+
 enum class Tokens { kQuery, kKey };
 
 // A tensor of q's kind: (batch, heads, tokens, dim), or ragged (tokens, heads, dim).

@@ -26,11 +26,16 @@ Request request_of(const BackwardProblem& problem) { return request_of(problem.f
 Request request_of(const PiecewiseProblem& problem) { return request_of(problem.near); }
 Request request_of(const PiecewiseBackwardProblem& problem) { return request_of(problem.near); }
 Request request_of(const MergeProblem& problem) { return {"merge_states", problem.device, problem.dtype}; }
+Request request_of(const AppendProblem& problem) { return {problem.operation, problem.device, problem.dtype}; }
+Request request_of(const CachedProblem& problem) { return request_of(problem.attention); }
 
-// Runs `problem` on the first backend of its device that has the operation, is present and supports it.
 template <class P>
-void dispatch(const P& problem, const ExecutionContext& context, Unsupported (*Backend::*supports)(const P&),
-              void (*Backend::*run)(const P&, const ExecutionContext&)) {
+using Operation = void (*)(const P&, const ExecutionContext&);
+
+// The operation of the first backend of the problem's device that has it, is present and supports the problem.
+template <class P>
+Operation<P> choose(const P& problem, const ExecutionContext& context, Unsupported (*Backend::*supports)(const P&),
+                    Operation<P> Backend::*run) {
   const Request request = request_of(problem);
   const char* const insisted = insisted_backend(context);
   std::string reasons;
@@ -45,12 +50,18 @@ void dispatch(const P& problem, const ExecutionContext& context, Unsupported (*B
     } else if (reason = backend->available(); !reason) {
       reason = (backend->*supports)(problem);
     }
-    if (!reason) return (backend->*run)(problem, context);
+    if (!reason) return backend->*run;
     reasons += std::string(reasons.empty() ? "" : "; ") + backend->name + ": " + *reason;
   }
   if (reasons.empty())
     reasons = insisted != nullptr ? std::string(insisted) + ": no such backend for the device" : "none";
   throw Error(ErrorCode::kUnsupported, std::string(request.operation) + ": no backend for this call (" + reasons + ")");
+}
+
+template <class P>
+void dispatch(const P& problem, const ExecutionContext& context, Unsupported (*Backend::*supports)(const P&),
+              Operation<P> Backend::*run) {
+  choose(problem, context, supports, run)(problem, context);
 }
 
 }  // namespace
@@ -78,6 +89,16 @@ void run_piecewise_backward(const PiecewiseBackwardProblem& problem, const Execu
 
 void run_merge(const MergeProblem& problem, const ExecutionContext& context) {
   dispatch(problem, context, &Backend::supports_merge, &Backend::merge);
+}
+
+void run_append(const AppendProblem& problem, const ExecutionContext& context) {
+  dispatch(problem, context, &Backend::supports_append, &Backend::append);
+}
+
+void run_cached(const AppendProblem* append, const CachedProblem& problem, const ExecutionContext& context) {
+  const auto attend = choose(problem, context, &Backend::supports_cached, &Backend::cached);
+  if (append != nullptr) dispatch(*append, context, &Backend::supports_append, &Backend::append);
+  attend(problem, context);
 }
 
 }  // namespace onepass

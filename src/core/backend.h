@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "core/cache_problem.h"
 #include "core/problem.h"
 #include "onepass/execution.h"
 
@@ -31,6 +32,10 @@ struct Backend {
   void (*piecewise_backward)(const PiecewiseBackwardProblem&, const ExecutionContext&) = nullptr;
   Unsupported (*supports_merge)(const MergeProblem&) = nullptr;
   void (*merge)(const MergeProblem&, const ExecutionContext&) = nullptr;
+  Unsupported (*supports_append)(const AppendProblem&) = nullptr;
+  void (*append)(const AppendProblem&, const ExecutionContext&) = nullptr;
+  Unsupported (*supports_cached)(const CachedProblem&) = nullptr;
+  void (*cached)(const CachedProblem&, const ExecutionContext&) = nullptr;
 };
 
 extern const Backend kReferenceBackend;  // src/reference
@@ -49,5 +54,8 @@ void run_backward(const BackwardProblem& problem, const ExecutionContext& contex
 void run_piecewise(const PiecewiseProblem& problem, const ExecutionContext& context);
 void run_piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context);
 void run_merge(const MergeProblem& problem, const ExecutionContext& context);
+void run_append(const AppendProblem& problem, const ExecutionContext& context);
+// `append`, when given, runs first; both have a backend before either writes.
+void run_cached(const AppendProblem* append, const CachedProblem& problem, const ExecutionContext& context);
 
 }  // namespace onepass

@@ -29,6 +29,10 @@ const Backend kReferenceBackend{
     .piecewise_backward = reference::piecewise_backward,
     .supports_merge = supports<MergeProblem>,
     .merge = reference::merge,
+    .supports_append = supports<AppendProblem>,
+    .append = reference::append,
+    .supports_cached = supports<CachedProblem>,
+    .cached = reference::cached,
 };
 
 }  // namespace onepass

@@ -5,6 +5,7 @@
 // row whose every visible logit is −inf counts as one without visible keys: out 0, lse −inf, gradients 0.
 #pragma once
 
+#include "core/cache_problem.h"
 #include "core/problem.h"
 #include "onepass/execution.h"
 
@@ -15,5 +16,7 @@ void backward(const BackwardProblem& problem, const ExecutionContext& context);
 void piecewise(const PiecewiseProblem& problem, const ExecutionContext& context);
 void piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context);
 void merge(const MergeProblem& problem, const ExecutionContext& context);
+void append(const AppendProblem& problem, const ExecutionContext& context);
+void cached(const CachedProblem& problem, const ExecutionContext& context);
 
 }  // namespace onepass::reference
