@@ -171,5 +171,8 @@ std::vector<Target> targets() {
 bool has_forward(const Target& target) { return backend_of(target).forward != nullptr; }
 bool has_backward(const Target& target) { return backend_of(target).backward != nullptr; }
 bool has_merge(const Target& target) { return backend_of(target).merge != nullptr; }
+bool has_cached(const Target& target) {
+  return backend_of(target).cached != nullptr && backend_of(target).append != nullptr;
+}
 
 }  // namespace onepass::test

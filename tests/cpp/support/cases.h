@@ -31,5 +31,6 @@ std::vector<Target> targets();
 bool has_forward(const Target& target);
 bool has_backward(const Target& target);
 bool has_merge(const Target& target);
+bool has_cached(const Target& target);  // and append
 
 }  // namespace onepass::test

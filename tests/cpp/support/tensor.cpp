@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <numeric>
 
+#include "core/float8.h"
 #include "reference/scalar.h"
 
 namespace onepass::test {
@@ -17,14 +18,14 @@ void with_type(DType dtype, F&& f) {
   if (dtype == DType::kInt32) {
     f(std::int32_t{});
   } else {
-    with_float_type(dtype, f);
+    with_cache_type(dtype, f);
   }
 }
 
 template <class T>
 T to_element(double x) {
-  if constexpr (std::is_same_v<T, std::int32_t>) {
-    return static_cast<std::int32_t>(x);
+  if constexpr (std::is_integral_v<T>) {
+    return static_cast<T>(x);
   } else {
     return reference::round_to<T>(x);
   }
@@ -32,7 +33,7 @@ T to_element(double x) {
 
 template <class T>
 double from_element(T x) {
-  if constexpr (std::is_same_v<T, std::int32_t>) {
+  if constexpr (std::is_integral_v<T>) {
     return x;
   } else {
     return reference::to_double(x);
@@ -118,6 +119,13 @@ Values Tensor::load() const {
     });
   });
   return values;
+}
+
+double Tensor::at(std::int64_t offset) const {
+  double value = 0;
+  with_type(view_.dtype,
+            [&](auto zero) { value = from_element(static_cast<const decltype(zero)*>(view_.data)[offset]); });
+  return value;
 }
 
 bool Tensor::canaries_intact() const {

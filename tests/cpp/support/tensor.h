@@ -36,6 +36,7 @@ class Tensor {
 
   void store(const Values& values);
   Values load() const;
+  double at(std::int64_t offset) const;  // one element, counted from data
 
   // Every byte outside the elements still holds the canary.
   bool canaries_intact() const;
