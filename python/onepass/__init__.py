@@ -3,6 +3,7 @@
 ``onepass.attention(q, k, v)`` is the main entry point; ``help(onepass.attention)`` explains its options.
 """
 
+from onepass import _vmap as _vmap
 from onepass._ops import ops as _ops
 from onepass.functional import (
     AttentionResult,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +39,14 @@ def translated(error: RuntimeError) -> Exception:
     text = str(error).split("\nException raised from", 1)[0]
     match = _ERROR.match(text)
     return error if match is None else _KINDS[match[1]](text[match.end() :])
+
+
+def call(operation: Any, *args: Any, **kwargs: Any) -> Any:
+    """``operation(*args, **kwargs)`` with its errors translated."""
+    try:
+        return operation(*args, **kwargs)
+    except RuntimeError as error:
+        raise translated(error) from None
 
 
 _load()

@@ -1,5 +1,5 @@
-"""What torch needs to know of ``torch.ops.onepass`` beside the kernels: fake kernels (shapes, strides and dtypes for
-torch.compile and export) and batching rules for ``torch.func.vmap``.
+"""The operations ``torch.ops.onepass``, their options, and their fake kernels (shapes, strides and dtypes for
+torch.compile and export).
 
 The kernels and their schemas are in ``csrc/``; option names and their order below are those of the schemas.
 """
@@ -47,7 +47,7 @@ def option_arguments(score: Score, tensors: ScoreTensors) -> tuple[Any, ...]:
     return (score.causal, score.softmax_scale, *tensors, *score[2:])
 
 
-def _bound(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> SimpleNamespace:
+def bound_arguments(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> SimpleNamespace:
     """The arguments of operation ``name`` by their names in its schema, defaults filled in (torch leaves them out)."""
     schema = getattr(ops, name).default._schema.arguments
     values = {argument.name: argument.default_value for argument in schema}
@@ -101,7 +101,7 @@ def _empty_gradients(
 
 def _fake(name: str, results: Callable[[SimpleNamespace], Any]) -> None:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        return results(_bound(name, args, kwargs))
+        return results(bound_arguments(name, args, kwargs))
 
     torch.library.register_fake(f"onepass::{name}", kernel)
 

@@ -25,6 +25,8 @@ class VarlenLimits(NamedTuple):
 class _SecondOrder(Function):
     """Lets gradients pass and refuses to be differentiated."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.view_as(tensor) for tensor in tensors)

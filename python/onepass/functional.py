@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from onepass._library import translated
+from onepass._library import call, translated
 from onepass._ops import Score, ScoreTensors, ops, option_arguments
 from onepass.autograd import Attention, MergeStates, VarlenLimits
 
@@ -207,23 +207,18 @@ def attention_with_state(
     cu_seqlens_q, cu_seqlens_k, limits = (None, None, VarlenLimits()) if ragged is None else ragged
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32)
-    lse: Tensor | None
-    total_attention: Tensor | None
-    try:
-        if _needs_gradient(q, k, v, tensors.bias, tensors.sinks):
-            out, lse, total_attention = Attention.apply(
-                q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k, limits, score, deterministic, return_total_attention
-            )
-        else:
-            options = option_arguments(score, tensors)
-            positional = (q, k, v) if ragged is None else (q, k, v, cu_seqlens_q, cu_seqlens_k, *limits)
-            if return_lse or return_total_attention:
-                name = f"{operation}_with_lse"
-                out, lse, total_attention = getattr(ops, name)(*positional, *options, return_total_attention)
-            else:
-                out, lse, total_attention = getattr(ops, operation)(*positional, *options), None, None
-    except RuntimeError as error:
-        raise translated(error) from None
+    if _needs_gradient(q, k, v, tensors.bias, tensors.sinks):
+        out, lse, total_attention = call(
+            Attention.apply, q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k, limits, score, deterministic,
+            return_total_attention,
+        )  # fmt: skip
+        return AttentionResult(out, lse if return_lse else None, total_attention if return_total_attention else None)
+    arguments = (q, k, v, *option_arguments(score, tensors))
+    if ragged is not None:
+        arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, *limits, *option_arguments(score, tensors))
+    if not (return_lse or return_total_attention):
+        return AttentionResult(call(getattr(ops, operation), *arguments))
+    out, lse, total_attention = call(getattr(ops, f"{operation}_with_lse"), *arguments, return_total_attention)
     return AttentionResult(out, lse if return_lse else None, total_attention if return_total_attention else None)
 
 
@@ -241,13 +236,9 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     Raises:
         ValueError, TypeError: as :func:`attention`.
     """
-    try:
-        if _needs_gradient(out_a, lse_a, out_b, lse_b):
-            out, lse = MergeStates.apply(out_a, lse_a, out_b, lse_b)
-        else:
-            out, lse = ops.merge_states(out_a, lse_a, out_b, lse_b)
-    except RuntimeError as error:
-        raise translated(error) from None
+    differentiable = _needs_gradient(out_a, lse_a, out_b, lse_b)
+    merge = MergeStates.apply if differentiable else ops.merge_states
+    out, lse = call(merge, out_a, lse_a, out_b, lse_b)
     return out, lse
 
 
@@ -342,7 +333,7 @@ def _prepared(operation: str, q: Tensor, tensors: ScoreTensors, score: Score) ->
     if bias is not None:
         bias = _prepared_bias(operation, q, bias)
     if sinks is not None:
-        sinks = _as_score_dtype(operation, "sinks", q, sinks)
+        sinks = as_score_dtype(operation, "sinks", q, sinks)
     if dropout_state is None and score.dropout_p > 0.0:
         dropout_state = draw_dropout_state(q.device)
     return ScoreTensors(bias, sinks, slopes, key_begin, key_end, dropout_state)
@@ -354,7 +345,7 @@ def _prepared_bias(operation: str, q: Tensor, bias: Tensor) -> Tensor:
             f"{operation}: bias: got {bias.dim()} dimensions; need at most 4, broadcastable to "
             "(batch, num_heads, seqlen_q, seqlen_k)"
         )
-    bias = _as_score_dtype(operation, "bias", q, bias)[(None,) * (4 - bias.dim())]
+    bias = as_score_dtype(operation, "bias", q, bias)[(None,) * (4 - bias.dim())]
     if bias.requires_grad:  # an expanded dimension gets its gradient summed, not stored
         for dim in range(4):
             if bias.stride(dim) == 0 and bias.shape[dim] > 1:
@@ -362,7 +353,7 @@ def _prepared_bias(operation: str, q: Tensor, bias: Tensor) -> Tensor:
     return bias
 
 
-def _as_score_dtype(operation: str, name: str, q: Tensor, tensor: Tensor) -> Tensor:
+def as_score_dtype(operation: str, name: str, q: Tensor, tensor: Tensor) -> Tensor:
     """In the dtype of q, or in float32 (float64 beside float64)."""
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"{operation}: {name}: got {tensor.dtype}; need a floating-point tensor")

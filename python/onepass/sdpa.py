@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,18 +63,15 @@ def scaled_dot_product_attention(
             raise ValueError(f"{_NAME}: {name}: got {tensor.dim()} dimensions; need at least 2")
     batch, heads = _leading_shape(query, key, value, enable_gqa)
     kv_heads = key.shape[-3] if enable_gqa and key.dim() > 2 else heads
-    bias, key_begin, key_end = None, None, None
-    if attn_mask is not None:
-        full = (*batch, heads, query.shape[-2], key.shape[-2])
-        bias, key_begin, key_end = _lowered_mask(_viewed_mask(attn_mask, full, query.dim() == 2), query)
+    lowered = ScoreTensors() if attn_mask is None else _lowered_mask(attn_mask, batch, heads, query, key)
     result = functional.attention_with_state(
         _as_four(query, batch, heads),
         _as_four(key, batch, kv_heads),
         _as_four(value, batch, kv_heads),
-        ScoreTensors(bias=bias, key_begin=key_begin, key_end=key_end),
+        lowered,
         Score(causal=is_causal, softmax_scale=scale, dropout_p=dropout_p, top_left=True),
     ).out
-    leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2] if not enable_gqa else query.shape[:-2])
+    leading = () if query.dim() == key.dim() == value.dim() == 2 else (*batch, heads)
     return result.reshape(*leading, *result.shape[-2:])
 
 
@@ -80,12 +79,12 @@ def _leading_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
     """The broadcast batch dimensions (before the heads) and the number of query heads."""
 
     def split(tensor: Tensor) -> tuple[tuple[int, ...], int]:
-        return tuple(tensor.shape[:-3]), int(tensor.shape[-3]) if tensor.dim() > 2 else 1
+        return tuple(tensor.shape[:-3]), tensor.shape[-3] if tensor.dim() > 2 else 1
 
     (q_batch, q_heads), (k_batch, k_heads), (v_batch, v_heads) = split(query), split(key), split(value)
     try:
         batch = tuple(torch.broadcast_shapes(q_batch, k_batch, v_batch))
-        heads = q_heads if enable_gqa else int(torch.broadcast_shapes((q_heads,), (k_heads,), (v_heads,))[0])
+        heads = q_heads if enable_gqa else torch.broadcast_shapes((q_heads,), (k_heads,), (v_heads,))[0]
     except RuntimeError:
         raise ValueError(
             f"{_NAME}: key, value: got {tuple(key.shape)} and {tuple(value.shape)} beside query {tuple(query.shape)}; "
@@ -102,36 +101,33 @@ def _as_four(tensor: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
     return expanded if len(batch) == 1 else expanded.reshape(-1, heads, *tensor.shape[-2:])
 
 
-def _viewed_mask(mask: Tensor, full: tuple[int, ...], no_heads: bool) -> Tensor:
-    """The mask as ``(batch|1, heads|1, seqlen_q|1, seqlen_k|1)``; ``full`` is the shape of the scores."""
-    if mask.dim() > len(full) - int(no_heads):
-        raise ValueError(f"{_NAME}: attn_mask: got shape {tuple(mask.shape)}; need one that broadcasts to {full}")
+def _lowered_mask(mask: Tensor, batch: tuple[int, ...], heads: int, query: Tensor, key: Tensor) -> ScoreTensors:
+    """The mask as bounds of the visible keys, or as a bias ``(batch|1, heads|1, seqlen_q|1, seqlen_k|1)``."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{_NAME}: attn_mask: got {mask.dtype}; need bool or a floating-point dtype")
+    scores = (*batch, heads, query.shape[-2], key.shape[-2])
+    if query.dim() == 2:
+        scores = scores[-2:]
+    try:
+        broadcasts = torch.broadcast_shapes(mask.shape, scores) == scores
+    except RuntimeError:
+        broadcasts = False
+    if not broadcasts:
+        raise ValueError(f"{_NAME}: attn_mask: got shape {tuple(mask.shape)}; need one that broadcasts to {scores}")
     mask = mask[(None,) * max(0, 4 - mask.dim())]
-    for size, need in zip(mask.shape[::-1], full[::-1], strict=False):
-        if size not in (1, need):
-            raise ValueError(f"{_NAME}: attn_mask: got shape {tuple(mask.shape)}; need one that broadcasts to {full}")
-    if mask.dim() == 4 and len(full) <= 4:
-        return mask
     leading = mask.shape[:-3]
-    if all(size == 1 for size in leading):
-        return mask.reshape(1, *mask.shape[-3:])
-    return mask.expand(*full[:-3], *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
-
-
-def _lowered_mask(mask: Tensor, query: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The mask as a bias, or as bounds of the visible keys: (bias, key_begin, key_end)."""
+    if len(leading) != 1 or len(batch) != 1:  # fold the batch dimensions, one if none varies
+        shared = all(size == 1 for size in leading)
+        mask = mask.reshape(1, *mask.shape[-3:]) if shared else mask.expand(*batch, -1, -1, -1).flatten(0, -4)
     if mask.dtype != torch.bool:
-        if not mask.is_floating_point():
-            raise TypeError(f"{_NAME}: attn_mask: got {mask.dtype}; need bool or a floating-point dtype")
-        return mask, None, None
-    one_row_per_sequence = mask.shape[1] == mask.shape[2] == 1
-    batch = query.shape[0] if query.dim() == 4 else 0
-    if one_row_per_sequence and batch > 0 and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        return ScoreTensors(bias=mask)
+    if mask.shape[1] == mask.shape[2] == 1 and mask.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = _contiguous_bounds(mask[:, 0, 0])
         if bounds is not None:
-            return None, bounds[0].expand(batch).contiguous(), bounds[1].expand(batch).contiguous()
+            begin, end = (bound.expand(math.prod(batch)).contiguous() for bound in bounds)
+            return ScoreTensors(key_begin=begin, key_end=end)
     bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
-    return bias.masked_fill_(mask.logical_not(), -torch.inf), None, None
+    return ScoreTensors(bias=bias.masked_fill_(mask.logical_not(), -torch.inf))
 
 
 def _contiguous_bounds(visible: Tensor) -> tuple[Tensor, Tensor] | None:
