@@ -1,6 +1,7 @@
 // cuda/backend.cpp: the portable CUDA backend's table (sm_80 and newer).
 #include "core/backend.h"
 #include "cuda/device.h"
+#include "cuda/portable/operations.h"
 
 namespace onepass {
 
@@ -9,6 +10,10 @@ const Backend kCudaBackend{
     .device = DeviceType::kCuda,
     .available = cuda::driver_available,
     .describe = cuda::describe_devices,
+    .supports_forward = cuda::supports_forward,
+    .forward = cuda::forward,
+    .supports_merge = cuda::supports_merge,
+    .merge = cuda::merge,
 };
 
 }  // namespace onepass

@@ -46,6 +46,8 @@ class DeviceGuard {
 // Lets `kernel` use `bytes` of dynamic shared memory on a device; the driver is asked once per kernel and device.
 void allow_shared_memory(const void* kernel, std::int64_t bytes, int ordinal);
 
+inline constexpr std::int64_t kMaxBlocks = 0x7FFFFFFF;  // of a one-dimensional grid
+
 struct LaunchShape {
   std::int64_t blocks;
   int threads;
@@ -57,7 +59,7 @@ template <class... Parameters>
 void launch(const char* operation, void (*kernel)(Parameters...), const LaunchShape& shape, int ordinal, void* stream,
             const std::type_identity_t<Parameters>&... arguments) {
   if (shape.blocks == 0) return;
-  if (shape.blocks > 0x7FFFFFFF) {
+  if (shape.blocks > kMaxBlocks) {
     throw Error(ErrorCode::kUnsupported,
                 std::string(operation) + ": grid: got " + std::to_string(shape.blocks) + " tiles; need below 2^31");
   }

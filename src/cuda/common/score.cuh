@@ -25,12 +25,12 @@ struct KeyRows {
 
 // What the score of one (batch, head) needs, in float and with the head's offsets applied.
 struct ScoreTerms {
-  float scale;        // softmax_scale
-  float softcap;      // 0: none
+  float scale;    // softmax_scale
+  float softcap;  // 0: none
   float inv_softcap;
   float alibi_slope;  // 0: none
   bool alibi_zero_for_future;
-  const void* bias;   // of (batch, head); null: none
+  const void* bias;  // of (batch, head); null: none
   DType bias_dtype;
   std::int64_t bias_query_stride, bias_key_stride;
 };
@@ -55,53 +55,59 @@ ONEPASS_DEVICE ScoreTerms score_terms(const Problem& problem, int batch, int hea
   return terms;
 }
 
-// Turns products q·k into logits (natural units). kExactTanh: for float32 operands.
-template <bool kExactTanh, class Layout, int R, int C>
-ONEPASS_DEVICE void apply_terms(float (&s)[R][C][4], const ScoreTerms& terms, const Layout& at,
-                                const DeviceSequence& sequence) {
+// Calls use(element, r, c, e) for every element of a fragment; r, c and e are constants after unrolling.
+template <int R, int C, class Use>
+ONEPASS_DEVICE void for_each_element(float (&fragment)[R][C][4], const Use& use) {
 #pragma unroll
   for (int r = 0; r < R; ++r)
 #pragma unroll
     for (int c = 0; c < C; ++c)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[r][c][e] *= terms.scale;
-  if (terms.softcap > 0.0f) {
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-#pragma unroll
-      for (int c = 0; c < C; ++c)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float x = s[r][c][e] * terms.inv_softcap;
-          s[r][c][e] = terms.softcap * (kExactTanh ? tanhf(x) : tanh_by_exp(x));
-        }
-  }
+      for (int e = 0; e < 4; ++e) use(fragment[r][c][e], r, c, e);
+}
+
+// kExact: for float32 operands.
+template <bool kExact>
+ONEPASS_DEVICE float capped(const ScoreTerms& terms, float s) {
+  const float x = s * terms.inv_softcap;
+  return terms.softcap * (kExact ? tanhf(x) : tanh_by_exp(x));
+}
+
+ONEPASS_DEVICE float alibi(const ScoreTerms& terms, const DeviceSequence& sequence, int query, int key) {
+  const int ahead = key - (query + sequence.diagonal);
+  return -terms.alibi_slope * static_cast<float>(terms.alibi_zero_for_future ? max(-ahead, 0) : abs(ahead));
+}
+
+// 0 outside the sequence, where fragments reach but the tensor does not.
+ONEPASS_DEVICE float bias(const ScoreTerms& terms, const DeviceSequence& sequence, int query, int key) {
+  if (query >= sequence.seqlen_q || key >= sequence.seqlen_k) return 0.0f;
+  return load_as_float(terms.bias, terms.bias_dtype, query * terms.bias_query_stride + key * terms.bias_key_stride);
+}
+
+// Turns products q·k into logits (natural units).
+template <bool kExact, class Layout, int R, int C>
+ONEPASS_DEVICE void apply_terms(float (&s)[R][C][4], const ScoreTerms& terms, const Layout& at,
+                                const DeviceSequence& sequence) {
+  for_each_element(s, [&](float& x, int, int, int) { x *= terms.scale; });
+  if (terms.softcap > 0.0f) for_each_element(s, [&](float& x, int, int, int) { x = capped<kExact>(terms, x); });
   if (terms.alibi_slope != 0.0f) {
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-#pragma unroll
-      for (int c = 0; c < C; ++c)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int ahead = at.key(r, c, e) - (at.query(r, c, e) + sequence.diagonal);
-          const int distance = terms.alibi_zero_for_future ? max(-ahead, 0) : abs(ahead);
-          s[r][c][e] -= terms.alibi_slope * static_cast<float>(distance);
-        }
+    for_each_element(
+        s, [&](float& x, int r, int c, int e) { x += alibi(terms, sequence, at.query(r, c, e), at.key(r, c, e)); });
   }
   if (terms.bias != nullptr) {
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-#pragma unroll
-      for (int c = 0; c < C; ++c)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int i = at.query(r, c, e), j = at.key(r, c, e);
-          if (i < sequence.seqlen_q && j < sequence.seqlen_k) {
-            s[r][c][e] += load_as_float(terms.bias, terms.bias_dtype,
-                                        i * terms.bias_query_stride + j * terms.bias_key_stride);
-          }
-        }
+    for_each_element(
+        s, [&](float& x, int r, int c, int e) { x += bias(terms, sequence, at.query(r, c, e), at.key(r, c, e)); });
   }
+}
+
+// The same for one pair.
+template <bool kExact>
+ONEPASS_DEVICE float logit(const ScoreTerms& terms, const DeviceSequence& sequence, int query, int key, float product) {
+  float s = product * terms.scale;
+  if (terms.softcap > 0.0f) s = capped<kExact>(terms, s);
+  if (terms.alibi_slope != 0.0f) s += alibi(terms, sequence, query, key);
+  if (terms.bias != nullptr) s += bias(terms, sequence, query, key);
+  return s;
 }
 
 struct DropoutRule {
@@ -126,7 +132,8 @@ ONEPASS_DEVICE DropoutRule dropout_rule(const Problem& problem, int batch, int h
 ONEPASS_DEVICE void dropout_words(const DropoutRule& rule, const QueryRows& at, int r, int c,
                                   std::uint32_t (&words)[4]) {
   const bool odd = threadIdx.x & 1;  // an even lane draws for its upper row, an odd one for its lower row
-  const Philox4 mine = dropout_bits(rule.seed, rule.offset, rule.plane, at.query(r, c, odd ? 2 : 0), at.key(r, c, 0) / 4);
+  const Philox4 mine =
+      dropout_bits(rule.seed, rule.offset, rule.plane, at.query(r, c, odd ? 2 : 0), at.key(r, c, 0) / 4);
   const std::uint32_t first = __shfl_xor_sync(~0u, odd ? mine.word[0] : mine.word[2], 1);
   const std::uint32_t second = __shfl_xor_sync(~0u, odd ? mine.word[1] : mine.word[3], 1);
   words[0] = odd ? first : mine.word[0];
@@ -135,14 +142,13 @@ ONEPASS_DEVICE void dropout_words(const DropoutRule& rule, const QueryRows& at, 
   words[3] = odd ? mine.word[3] : second;
 }
 
-ONEPASS_DEVICE void dropout_words(const DropoutRule& rule, const KeyRows& at, int r, int c,
-                                  std::uint32_t (&words)[4]) {
+ONEPASS_DEVICE void dropout_words(const DropoutRule& rule, const KeyRows& at, int r, int c, std::uint32_t (&words)[4]) {
   // Lanes 4 apart hold neighbouring keys: lane/4 % 4 is the word that this lane needs of all four calls. It draws the
   // call of its element with that number, and a 4×4 transpose across the lanes hands the words out.
   const int mine = (threadIdx.x / 4) % 4;
   const bool bit0 = mine & 1, bit1 = mine & 2;
-  Philox4 drawn =
-      dropout_bits(rule.seed, rule.offset, rule.plane, at.query(r, c, 0) + (bit0 ? 1 : 0), (at.key(r, c, 0) + (bit1 ? 8 : 0)) / 4);
+  Philox4 drawn = dropout_bits(rule.seed, rule.offset, rule.plane, at.query(r, c, 0) + (bit0 ? 1 : 0),
+                               (at.key(r, c, 0) + (bit1 ? 8 : 0)) / 4);
 #pragma unroll
   for (int pair = 0; pair < 4; pair += 2) {
     const std::uint32_t got = __shfl_xor_sync(~0u, drawn.word[bit0 ? pair : pair + 1], 4);
@@ -155,6 +161,12 @@ ONEPASS_DEVICE void dropout_words(const DropoutRule& rule, const KeyRows& at, in
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) words[e] = drawn.word[e];
+}
+
+ONEPASS_DEVICE bool survives(const DropoutRule& rule, int query, int key) {
+  const Philox4 drawn = dropout_bits(rule.seed, rule.offset, rule.plane, query, key / 4);
+  const std::uint32_t low = key % 2 ? drawn.word[1] : drawn.word[0], high = key % 2 ? drawn.word[3] : drawn.word[2];
+  return (key % 4 < 2 ? low : high) >= rule.threshold;
 }
 
 // Calls use(r, c, e, survives) for every element of a fragment.

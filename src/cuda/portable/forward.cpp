@@ -1,0 +1,74 @@
+// cuda/portable/forward.cpp: host side of the forward pass.
+#include "cuda/portable/forward.h"
+
+#include <numbers>
+
+#include "core/parallel.h"
+#include "cuda/portable/choose.h"
+#include "cuda/portable/operations.h"
+#include "cuda/portable/ragged.h"
+#include "cuda/portable/total_attention.h"
+
+namespace onepass::cuda {
+namespace {
+
+std::int64_t tile_count(const Problem& problem, int queries) {
+  return problem.batch * problem.num_heads * ceil_div(problem.seqlen_q, queries);
+}
+
+ForwardKernel kernel_for(const Problem& problem) {
+  return with_head_dim(padded_head_dim(problem), [&](auto head_dim) {
+    return forward_kernel_for<head_dim.value>(problem.dtype, has_terms(problem));
+  });
+}
+
+void attend(const Problem& problem, const ExecutionContext& context) {
+  const ForwardKernel kernel = kernel_for(problem);
+  const std::int64_t batch = problem.batch;
+  ForwardArguments arguments;
+  arguments.problem = problem;
+  arguments.group_size = static_cast<int>(problem.group_size());
+  arguments.row_tiles = static_cast<int>(ceil_div(problem.seqlen_q, kernel.queries));
+  arguments.heads_per_group = planes_per_group(problem, batch * problem.num_heads, arguments.group_size);
+  arguments.last_rows_first = problem.window_right != kUnbounded;
+  arguments.vectorized = {
+      is_vectorizable(problem.q, problem.dtype, batch, problem.num_heads, problem.total_q, problem.head_dim),
+      is_vectorizable(problem.k, problem.dtype, batch, problem.num_heads_kv, problem.total_k, problem.head_dim),
+      is_vectorizable(problem.v, problem.dtype, batch, problem.num_heads_kv, problem.total_k, problem.head_dim_v),
+      is_vectorizable(problem.out, problem.dtype, batch, problem.num_heads, problem.total_q, problem.head_dim_v)};
+  arguments.scale_log2 = std::numbers::log2e_v<float> * (kernel.has_terms ? 1.0f : problem.softmax_scale);
+  launch(problem.operation, kernel.kernel, {tile_count(problem, kernel.queries), kernel.threads, kernel.shared_bytes},
+         problem.device.index, context.stream, arguments);
+}
+
+}  // namespace
+
+Unsupported supports_forward(const Problem& problem) {
+  if (Unsupported reason = common_limits(problem.operation, problem.device, problem.dtype,
+                                         std::max(problem.head_dim, problem.head_dim_v))) {
+    return reason;
+  }
+  if (const std::int64_t tiles = tile_count(problem, kernel_for(problem).queries); tiles > kMaxBlocks) {
+    return std::to_string(tiles) + " tiles of query rows (at most " + std::to_string(kMaxBlocks) + ")";
+  }
+  return std::nullopt;
+}
+
+void forward(const Problem& problem, const ExecutionContext& context) {
+  const DeviceGuard guard(problem.device.index);
+  if (problem.ragged()) clear_unowned_queries(problem, problem.out, problem.head_dim_v, problem.lse, context);
+  if (!problem.total_attention || problem.lse) {
+    attend(problem, context);
+    if (problem.total_attention) sum_columns(problem, context);
+    return;
+  }
+  // The column sums need the log-sum-exp, which this caller did not ask for.
+  const Workspace lse(context, problem.device, problem.num_heads * problem.total_q * sizeof(float));
+  Problem with_lse = problem;
+  with_lse.lse = {lse.as<float>(), problem.ragged() ? 0 : problem.num_heads * problem.seqlen_q,
+                  problem.ragged() ? problem.total_q : problem.seqlen_q, 1};
+  attend(with_lse, context);
+  sum_columns(with_lse, context);
+}
+
+}  // namespace onepass::cuda

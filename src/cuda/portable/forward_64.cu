@@ -1,0 +1,5 @@
+#include "cuda/portable/forward_instantiate.cuh"
+
+namespace onepass::cuda {
+template ForwardKernel forward_kernel_for<64>(DType dtype, bool terms);
+}

@@ -1,0 +1,14 @@
+// cuda/portable/operations.h: the operations of the portable backend, one file each.
+#pragma once
+
+#include "core/backend.h"
+
+namespace onepass::cuda {
+
+Unsupported supports_forward(const Problem& problem);
+void forward(const Problem& problem, const ExecutionContext& context);
+
+Unsupported supports_merge(const MergeProblem& problem);
+void merge(const MergeProblem& problem, const ExecutionContext& context);
+
+}  // namespace onepass::cuda

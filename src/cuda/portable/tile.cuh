@@ -1,0 +1,124 @@
+// cuda/portable/tile.cuh: tiles of rows in shared memory, and how they get there and back.
+#pragma once
+
+#include "core/problem.h"
+#include "cuda/portable/ptx.cuh"
+
+namespace onepass::cuda {
+
+// kRows × kColumns elements of 2 bytes in chunks of 16 bytes. Chunk c of row r lies at chunk c ^ x(r) of its row, so
+// that the eight rows of one 8×8 matrix (same c) fall into eight different bank groups.
+template <int kRows, int kColumns>
+struct HalfTile {
+  static_assert(kColumns % 32 == 0);
+  static constexpr int kBytes = kRows * kColumns * 2;
+  static constexpr int kRowBytes = kColumns * 2;
+  static constexpr int kChunks = kColumns / 8;  // of a row
+  static constexpr int kElementsPerChunk = 8;
+
+  // Rows of 64 elements start in the same bank group; rows of 32 or 96 alternate between two.
+  ONEPASS_DEVICE static constexpr int swizzle(int row) { return kColumns % 64 == 0 ? row & 7 : (row >> 1) & 3; }
+  ONEPASS_DEVICE static constexpr int offset(int row, int chunk) {
+    return row * kRowBytes + ((chunk ^ swizzle(row)) << 4);
+  }
+};
+
+// kRows × kColumns floats; 4 floats of padding spread the rows over the banks.
+template <int kRows, int kColumns>
+struct FloatTile {
+  static constexpr int kRowBytes = (kColumns + 4) * 4;
+  static constexpr int kBytes = kRows * kRowBytes;
+  static constexpr int kChunks = kColumns / 4;
+  static constexpr int kElementsPerChunk = 4;
+  ONEPASS_DEVICE static constexpr int offset(int row, int chunk) { return row * kRowBytes + chunk * 16; }
+};
+
+template <class T, int kRows, int kColumns>
+using SharedTile = std::conditional_t<std::is_same_v<T, float>, FloatTile<kRows, kColumns>, HalfTile<kRows, kColumns>>;
+
+// Rows of one (batch, head) in global memory.
+template <class T>
+struct GlobalRows {
+  T* data;
+  std::int64_t stride;  // elements
+  int columns;          // head_dim
+  bool vectorized;      // every row starts 16-byte aligned and columns fills whole chunks
+};
+
+template <class T>
+ONEPASS_DEVICE GlobalRows<T> global_rows(const Operand& operand, std::int64_t batch, std::int64_t head,
+                                         std::int64_t token, int columns, bool vectorized) {
+  return {static_cast<T*>(operand.data) + batch * operand.batch_stride + head * operand.head_stride +
+              token * operand.token_stride,
+          operand.token_stride, columns, vectorized};
+}
+
+// One chunk, element by element.
+template <class T, int kElements>
+ONEPASS_DEVICE uint4 gather_chunk(const T* row, int column, int columns) {
+  uint4 chunk;
+  T* const elements = reinterpret_cast<T*>(&chunk);
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    elements[i] = column + i < columns ? row[column + i] : from_float<T>(0.0f);
+  }
+  return chunk;
+}
+
+// Starts copying rows [first, first + kRows) into a tile; rows outside `live` and columns past the head dim become
+// zeros, so that 0·NaN never comes from memory that no query may see. The copy is complete after cp_async_wait and
+// __syncthreads.
+template <class Tile, int kRows, int kThreads, class T>
+ONEPASS_DEVICE void load_tile(std::uint32_t tile, const GlobalRows<const T>& rows, int first, int live_begin,
+                              int live_end) {
+  constexpr int kTotal = kRows * Tile::kChunks;
+  constexpr int kSteps = (kTotal + kThreads - 1) / kThreads;
+  if (rows.vectorized) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int index = threadIdx.x + step * kThreads;
+      if (kTotal % kThreads != 0 && index >= kTotal) break;
+      const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
+      const bool valid =
+          first + row >= live_begin && first + row < live_end && chunk * Tile::kElementsPerChunk < rows.columns;
+      const T* const source =
+          rows.data + (valid ? (first + row) * rows.stride + chunk * Tile::kElementsPerChunk : std::int64_t{0});
+      cp_async_16(tile + Tile::offset(row, chunk), source, valid);
+    }
+  } else {
+#pragma unroll 1
+    for (int index = threadIdx.x; index < kTotal; index += kThreads) {
+      const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
+      const int token = first + row;
+      uint4 value = {0, 0, 0, 0};
+      if (token >= live_begin && token < live_end) {
+        value = gather_chunk<T, Tile::kElementsPerChunk>(rows.data + token * rows.stride,
+                                                         chunk * Tile::kElementsPerChunk, rows.columns);
+      }
+      store_shared(tile + Tile::offset(row, chunk), value);
+    }
+  }
+}
+
+// Writes tile rows [0, count) to global rows [first, first + count), by the lanes [0, kLanes) that call it.
+template <class Tile, int kLanes, class T>
+ONEPASS_DEVICE void store_tile(std::uint32_t tile, const GlobalRows<T>& rows, int first, int count, int lane) {
+  for (int index = lane; index < count * Tile::kChunks; index += kLanes) {
+    const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
+    const int column = chunk * Tile::kElementsPerChunk;
+    if (column >= rows.columns) continue;
+    const uint4 value = load_shared_16(tile + Tile::offset(row, chunk));
+    T* const destination = rows.data + (first + row) * rows.stride + column;
+    if (rows.vectorized) {
+      *reinterpret_cast<uint4*>(destination) = value;
+    } else {
+      const T* const elements = reinterpret_cast<const T*>(&value);
+#pragma unroll
+      for (int i = 0; i < Tile::kElementsPerChunk; ++i) {
+        if (column + i < rows.columns) destination[i] = elements[i];
+      }
+    }
+  }
+}
+
+}  // namespace onepass::cuda

@@ -1,0 +1,5 @@
+#include "cuda/portable/total_attention.cuh"
+
+namespace onepass::cuda {
+template TotalAttentionKernel total_attention_kernel_for<256>(DType dtype);
+}
