@@ -14,6 +14,7 @@
 
 #include "onepass/error.h"
 #include "onepass/execution.h"
+#include "onepass/export.h"
 #include "onepass/tensor.h"
 
 namespace onepass {
@@ -67,11 +68,11 @@ struct AttentionOutputs {
 
 // Writes outputs.out and whichever of the others is given. Rows without a visible key: out 0, lse −inf.
 // Throws Error before writing anything.
-void attention(const TensorView& q,  // (B, H, Sq, D)
-               const TensorView& k,  // (B, G, Sk, D)
-               const TensorView& v,  // (B, G, Sk, Dv)
-               const AttentionOutputs& outputs, const AttentionOptions& options = {},
-               const ExecutionContext& context = {});
+ONEPASS_API void attention(const TensorView& q,  // (B, H, Sq, D)
+                           const TensorView& k,  // (B, G, Sk, D)
+                           const TensorView& v,  // (B, G, Sk, Dv)
+                           const AttentionOutputs& outputs, const AttentionOptions& options = {},
+                           const ExecutionContext& context = {});
 
 struct AttentionGradients {
   TensorView dq = {};      // shape and dtype of q
@@ -83,9 +84,10 @@ struct AttentionGradients {
 
 // Gradients from the forward's out and lse (natural log, as returned) and dout (shape of out).
 // options must equal the forward's, dropout seed and offset included.
-void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
-                        const TensorView& out, const TensorView& lse, const AttentionGradients& gradients,
-                        const AttentionOptions& options = {}, const ExecutionContext& context = {});
+ONEPASS_API void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k,
+                                    const TensorView& v, const TensorView& out, const TensorView& lse,
+                                    const AttentionGradients& gradients, const AttentionOptions& options = {},
+                                    const ExecutionContext& context = {});
 
 // Ragged batch. cu_seqlens: int32 (B + 1), non-decreasing, first 0, last ≤ total. On CUDA they stay on the device and
 // are checked in the kernel; max_seqlen bounds the longest sequence (a shorter one than the data is clamped to, never
@@ -99,22 +101,23 @@ struct VarlenShape {
 
 // q (total_q, H, D), k (total_k, G, D), v (total_k, G, Dv), out (total_q, H, Dv), lse (H, total_q),
 // total_attention (H, total_k). bias is not taken. key_begin/key_end count from the sequence's first key.
-void varlen_attention(const TensorView& q, const TensorView& k, const TensorView& v, const VarlenShape& shape,
-                      const AttentionOutputs& outputs, const AttentionOptions& options = {},
-                      const ExecutionContext& context = {});
+ONEPASS_API void varlen_attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                                  const VarlenShape& shape, const AttentionOutputs& outputs,
+                                  const AttentionOptions& options = {}, const ExecutionContext& context = {});
 
-void varlen_attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
-                               const VarlenShape& shape, const TensorView& out, const TensorView& lse,
-                               const AttentionGradients& gradients, const AttentionOptions& options = {},
-                               const ExecutionContext& context = {});
+ONEPASS_API void varlen_attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k,
+                                           const TensorView& v, const VarlenShape& shape, const TensorView& out,
+                                           const TensorView& lse, const AttentionGradients& gradients,
+                                           const AttentionOptions& options = {}, const ExecutionContext& context = {});
 
 // Exact merge of two partial results over disjoint keys: lse = log(e^lse_a + e^lse_b), out weighted accordingly;
 // (−inf, −inf) gives (0, −inf). out_*: (B, H, S, Dv) of one dtype, lse_*: float32 (B, H, S). Outputs may be the inputs.
-void merge_states(const TensorView& out_a, const TensorView& lse_a, const TensorView& out_b, const TensorView& lse_b,
-                  const TensorView& out, const TensorView& lse, const ExecutionContext& context = {});
+ONEPASS_API void merge_states(const TensorView& out_a, const TensorView& lse_a, const TensorView& out_b,
+                              const TensorView& lse_b, const TensorView& out, const TensorView& lse,
+                              const ExecutionContext& context = {});
 
 // The slope of query head `head` of `num_heads`: 2^(−8(head+1)/H) when H is a power of two (or geometric is set), else
 // the interleaved sequence of Press et al. for other head counts.
-double alibi_slope(std::int64_t head, std::int64_t num_heads, bool geometric = false);
+ONEPASS_API double alibi_slope(std::int64_t head, std::int64_t num_heads, bool geometric = false);
 
 }  // namespace onepass

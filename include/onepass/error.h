@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "onepass/export.h"
+
 namespace onepass {
 
 enum class ErrorCode : int {
@@ -17,7 +19,7 @@ enum class ErrorCode : int {
 
 // Thrown before anything is launched or written. what() reads
 // "<operation>: <argument>: got <received>; need <required>".
-class Error : public std::runtime_error {
+class ONEPASS_API Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
   ErrorCode code() const noexcept { return code_; }

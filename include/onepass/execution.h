@@ -5,13 +5,14 @@
 #include <cstdint>
 #include <functional>
 
+#include "onepass/export.h"
 #include "onepass/tensor.h"
 
 namespace onepass {
 
 // Runs tasks in parallel. The default is a small thread pool of the library (one per process, made on first use,
 // remade in a forked child); the torch binding passes torch's own intra-op pool.
-class Executor {
+class ONEPASS_API Executor {
  public:
   virtual ~Executor() = default;
 
@@ -24,7 +25,7 @@ class Executor {
 };
 
 // Workspace memory. Blocks are aligned to at least 256 bytes. On CUDA the block is used on `stream` only.
-class Allocator {
+class ONEPASS_API Allocator {
  public:
   virtual ~Allocator() = default;
   virtual void* allocate(std::size_t bytes, Device device, void* stream) = 0;  // null: out of memory
@@ -39,7 +40,7 @@ struct ExecutionContext {
 };
 
 // Threads of the library's own pool: the count asked for, or that of the hardware. Takes effect at the next call.
-void set_num_threads(int count);
-int num_threads();
+ONEPASS_API void set_num_threads(int count);
+ONEPASS_API int num_threads();
 
 }  // namespace onepass

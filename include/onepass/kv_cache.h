@@ -63,8 +63,8 @@ struct AppendOptions {
 //
 // int8: round to nearest even of x / scale, at most ±127. A token whose values are not all finite gets the scale NaN
 // and so stays visible as NaN. float8: cast to nearest even, saturating (also infinity), NaN stays.
-void append_kv(const KVCacheView& cache, const TensorView& k_new, const TensorView& v_new,
-               const AppendOptions& options = {}, const ExecutionContext& context = {});
+ONEPASS_API void append_kv(const KVCacheView& cache, const TensorView& k_new, const TensorView& v_new,
+                           const AppendOptions& options = {}, const ExecutionContext& context = {});
 
 struct CachedOptions {
   bool causal = true;  // bottom-right: the last query of a sequence sees all its keys
@@ -91,8 +91,8 @@ struct CachedOptions {
 // chunked prefill and prefill. q (B, H, Sq, D), outputs.out (B, H, Sq, Dv), outputs.lse float32 (B, H, Sq), or packed.
 // Queries keep their dtype: the result is that of exact attention over the dequantized cache.
 // outputs.total_attention is not taken. Rows without a visible key: out 0, lse −inf. Throws before writing anything.
-void cached_attention(const TensorView& q, const KVCacheView& cache, const AttentionOutputs& outputs,
-                      const CachedOptions& options = {}, const ExecutionContext& context = {});
+ONEPASS_API void cached_attention(const TensorView& q, const KVCacheView& cache, const AttentionOutputs& outputs,
+                                  const CachedOptions& options = {}, const ExecutionContext& context = {});
 
 struct PageCopy {
   std::int32_t source, target;
@@ -101,7 +101,7 @@ struct PageCopy {
 // Which page belongs to whom, on the host. A view too: the state lives in the caller's memory (on the CPU page_table
 // and seqlens can be the very tensors of the KVCacheView), so it can be copied and stored like any tensor.
 // Sequences may share pages: reserve gives a sequence its own copy of a shared page before tokens are written to it.
-class PagePool {
+class ONEPASS_API PagePool {
  public:
   // page_table int32 (sequences, max_pages): a sequence's pages, then −1s; seqlens int32 (sequences): tokens stored;
   // reference_counts int32 (num_pages). All contiguous, on the CPU. An empty pool: −1s, zeros, zeros.
@@ -133,6 +133,6 @@ class PagePool {
 };
 
 // Copies pages of k, v and their scales, in order (CPU).
-void copy_pages(const KVCacheView& cache, std::span<const PageCopy> copies);
+ONEPASS_API void copy_pages(const KVCacheView& cache, std::span<const PageCopy> copies);
 
 }  // namespace onepass

@@ -6,15 +6,16 @@
 #include "onepass/attention.h"
 #include "onepass/error.h"
 #include "onepass/execution.h"
+#include "onepass/export.h"
 #include "onepass/kv_cache.h"
 #include "onepass/piecewise.h"
 #include "onepass/tensor.h"
 
 namespace onepass {
 
-const char* version();
+ONEPASS_API const char* version();
 
 // Human-readable lines: version, backends with the reason when one is absent, instruction set or GPU, build flags.
-std::string info();
+ONEPASS_API std::string info();
 
 }  // namespace onepass

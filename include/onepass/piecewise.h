@@ -9,9 +9,10 @@
 namespace onepass {
 
 // q1, q2: (B, H, Sq, D). k1, k2: (B, G, Sk, D). v: (B, G, Sk, Dv). Everything else as in attention().
-void piecewise_attention(const TensorView& q1, const TensorView& k1, const TensorView& q2, const TensorView& k2,
-                         const TensorView& v, std::int64_t dist_threshold, const AttentionOutputs& outputs,
-                         const AttentionOptions& options = {}, const ExecutionContext& context = {});
+ONEPASS_API void piecewise_attention(const TensorView& q1, const TensorView& k1, const TensorView& q2,
+                                     const TensorView& k2, const TensorView& v, std::int64_t dist_threshold,
+                                     const AttentionOutputs& outputs, const AttentionOptions& options = {},
+                                     const ExecutionContext& context = {});
 
 // Five gradients: gradients.dq and .dk are those of q1 and k1.
 struct PiecewiseGradients {
@@ -20,10 +21,10 @@ struct PiecewiseGradients {
   TensorView dk2 = {};
 };
 
-void piecewise_attention_backward(const TensorView& dout, const TensorView& q1, const TensorView& k1,
-                                  const TensorView& q2, const TensorView& k2, const TensorView& v,
-                                  std::int64_t dist_threshold, const TensorView& out, const TensorView& lse,
-                                  const PiecewiseGradients& gradients, const AttentionOptions& options = {},
-                                  const ExecutionContext& context = {});
+ONEPASS_API void piecewise_attention_backward(const TensorView& dout, const TensorView& q1, const TensorView& k1,
+                                              const TensorView& q2, const TensorView& k2, const TensorView& v,
+                                              std::int64_t dist_threshold, const TensorView& out, const TensorView& lse,
+                                              const PiecewiseGradients& gradients, const AttentionOptions& options = {},
+                                              const ExecutionContext& context = {});
 
 }  // namespace onepass

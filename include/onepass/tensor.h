@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "onepass/export.h"
+
 namespace onepass {
 
 enum class DType : std::uint8_t {
@@ -35,7 +37,7 @@ constexpr std::int64_t size_of(DType dtype) {
   return 0;
 }
 
-const char* name_of(DType dtype);
+ONEPASS_API const char* name_of(DType dtype);
 
 enum class DeviceType : std::uint8_t { kCpu = 0, kCuda = 1 };
 
