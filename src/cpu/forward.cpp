@@ -20,8 +20,8 @@ HWY_BEFORE_NAMESPACE();
 namespace onepass::cpu::HWY_NAMESPACE {
 namespace {
 
-constexpr std::int64_t kMaxRows = 256;   // that share a fetched key block; four AVX-512 panels
-constexpr std::int64_t kMaxPanels = 22;  // 256 rows in panels of 12, the narrowest tier's
+constexpr std::int64_t kMaxRows = 512;   // that share a fetched key block; eight AVX-512 panels
+constexpr std::int64_t kMaxPanels = 43;  // 512 rows in panels of 12, the narrowest tier's
 
 PanelShape shape_of(const Problem& problem) {
   const std::int64_t rows = std::clamp<std::int64_t>(problem.seqlen_q * problem.group_size(), 1, kMaxRows);
@@ -61,26 +61,26 @@ struct Scratch {
     scores = arena.take<float>(shape.keys * shape.width);
     tile_maximum = arena.take<float>(shape.width);
     rescale = arena.take<float>(shape.width);
-    staging = arena.take<float>(lane_count() * padded(std::max(shape.dim, shape.dim_v)));
+    staging = arena.take<float>(lane_count() * lane_count());
     bias_staging = problem.bias ? arena.take<float>(bias_staging_size(shape.keys)) : nullptr;
     finite_values = arena.take<float>(shape.keys * shape.dim_v);
   }
 };
 
-template <int kVectors>
 void attend_tile(const Problem& problem, const ScoreTerms& terms, Panel& panel, KeySpan span, Scratch& s) {
   const KeyBlock& block = s.keys;
   const std::int64_t skipped = span.first - block.first;
   const Broadcast k{block.k.data + skipped * block.k.stride, block.k.stride};
   const Broadcast v{block.v.data + skipped * block.v.stride, block.v.stride};
   const ScoreTile tile{s.scores, panel.width, span.first, span.count};
+  const Segments segments(panel.lanes, panel.width, span.first, span.count);
 
   std::fill_n(s.tile_maximum, panel.width, -kInfinity);
-  multiply_scores<kVectors>(k, panel.q, panel.width, span.count, problem.head_dim, s.scores, s.tile_maximum);
+  multiply_segments(k, panel.q, tile, segments, problem.head_dim, s.tile_maximum);
   finish_scores(problem, terms, tile, panel.lanes, s.tile_maximum, s.bias_staging);
   softmax_tile(tile, terms.unit(), s.tile_maximum, panel.maximum, panel.sum, s.rescale);
   if (problem.dropout_p > 0) drop_weights(problem, tile, panel.lanes);
-  add_values<kVectors>(v, tile, panel.lanes, problem.head_dim_v, panel.out, s.rescale, s.finite_values);
+  add_values(v, tile, segments, panel.lanes, problem.head_dim_v, panel.out, s.rescale, s.finite_values);
 }
 
 template <class T>
@@ -130,8 +130,7 @@ void forward_block(const Problem& problem, const ScoreTerms& terms, const RowBlo
       Panel& panel = s.panels[i];
       const KeySpan span = seen_span(panel.lanes, key, s.keys.count);
       if (span.count <= 0) continue;
-      with_vectors(panel.width,
-                   [&](auto vectors) { attend_tile<decltype(vectors)::value>(problem, terms, panel, span, s); });
+      attend_tile(problem, terms, panel, span, s);
     }
   }
   for (std::int64_t i = 0; i < panels; ++i) write_panel<T>(problem, terms, rows, s.panels[i], s);

@@ -47,7 +47,7 @@ struct Panel {
     sum = arena.take<float>(shape.width);
   }
 
-  // Takes rows [first, first + count) and packs their queries; staging: lane_count()·padded(dim) floats.
+  // Takes rows [first, first + count) and packs their queries; staging: lane_count()² floats.
   template <class T>
   void load(const Problem& problem, const RowSet& rows, std::int64_t first, std::int64_t count, float query_factor,
             float* staging) {
@@ -56,7 +56,10 @@ struct Panel {
     const auto row_of = [&](std::int64_t lane) {
       return problem.q.row<T>(rows.batch, rows.head_of(first + lane), rows.token_of(first + lane));
     };
-    pack_panel<T>(row_of, count, problem.head_dim, query_factor, q, width, staging);
+    pack_panel<T>(row_of, count, problem.head_dim, q, width, staging);
+    if (query_factor != 1.0f) {
+      for (std::int64_t i = 0; i < problem.head_dim * width; ++i) q[i] *= query_factor;
+    }
   }
 
   void clear(std::int64_t dim_v) {
@@ -116,17 +119,6 @@ struct KeySpan {
 inline KeySpan seen_span(const Lanes& lanes, std::int64_t first_key, std::int64_t keys) {
   const std::int64_t begin = std::max(first_key, lanes.min_begin / 4 * 4);
   return {begin, std::max<std::int64_t>(0, std::min(first_key + keys, lanes.max_end) - begin)};
-}
-
-// Calls f(std::integral_constant<int, vectors>) for a panel of `width` lanes.
-template <class F>
-HWY_INLINE void with_vectors(std::int64_t width, const F& f) {
-  switch (width / lane_count()) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    default: return f(std::integral_constant<int, kMaxVectors>());
-  }
 }
 
 }  // namespace onepass::cpu::HWY_NAMESPACE

@@ -157,6 +157,17 @@ HWY_NOINLINE void multiply_values(Broadcast v, const float* p, std::int64_t widt
   for_row_tiles<kTileRows<kVectors>>(0, dim, ValueRows<kVectors>{v, p, width, keys, out, rescale});
 }
 
+// Calls f(std::integral_constant<int, vectors>).
+template <class F>
+HWY_INLINE void with_vectors(std::int64_t vectors, const F& f) {
+  switch (vectors) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    default: return f(std::integral_constant<int, kMaxVectors>());
+  }
+}
+
 }  // namespace onepass::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 

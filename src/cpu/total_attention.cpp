@@ -7,8 +7,7 @@
 #include <hwy/highway.h>
 
 #include "core/half.h"
-#include "cpu/panel-inl.h"
-#include "cpu/score-inl.h"
+#include "cpu/segments-inl.h"
 #include "cpu/workers.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -43,7 +42,7 @@ struct ColumnScratch {
     tile_maximum = arena.take<float>(shape.width);
     lse = arena.take<float>(shape.width);
     columns = arena.take<float>(kTaskBlocks * shape.keys * lane_count());
-    staging = arena.take<float>(lane_count() * padded(shape.dim));
+    staging = arena.take<float>(lane_count() * lane_count());
     bias_staging = problem.bias ? arena.take<float>(bias_staging_size(shape.keys)) : nullptr;
   }
 };
@@ -95,10 +94,8 @@ void sum_columns(const Problem& problem, const ScoreTerms& terms, const RowSet& 
       const KeyBlock& block = s.blocks[b];
       if (panel.lanes.sees_none(block.first, block.count)) continue;
       const ScoreTile tile{s.scores, panel.width, block.first, block.count};
-      with_vectors(panel.width, [&](auto vectors) {
-        multiply_scores<decltype(vectors)::value>(block.k, panel.q, panel.width, block.count, problem.head_dim,
-                                                  s.scores, s.tile_maximum);
-      });
+      const Segments segments(panel.lanes, panel.width, block.first, block.count);
+      multiply_segments(block.k, panel.q, tile, segments, problem.head_dim, s.tile_maximum);
       finish_scores(problem, terms, tile, panel.lanes, s.tile_maximum, s.bias_staging);
       add_columns(tile, terms.unit(), s.lse, s.columns + (block.first - first_key) * lanes);
     }

@@ -7,6 +7,8 @@
 #define ONEPASS_CPU_TRANSPOSE_INL_H_
 #endif
 
+#include <algorithm>
+
 #include "cpu/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -73,40 +75,70 @@ HWY_INLINE void transpose_square(const float* src, std::int64_t ld_src, float* d
 // Multiple of the vector length that holds `count`: the row length of the staging buffers below.
 HWY_INLINE std::int64_t padded(std::int64_t count) { return (count + lane_count() - 1) / lane_count() * lane_count(); }
 
-// Rows → lanes. panel[d·width + lane] = factor·rows[lane][d] for d < dim and lane < count; lanes from count to the
-// next multiple of lane_count() are 0. `row_of(lane)` gives a row's address. panel holds padded(dim)·width floats
-// (rows past dim become 0), staging lane_count()·padded(dim).
+// dst[j·ld + i] = rows(i)[j] as float for i, j < lane_count(): a square whose rows are full.
 template <class T, class RowOf>
-HWY_INLINE void pack_panel(const RowOf& row_of, std::int64_t count, std::int64_t dim, float factor, float* panel,
-                           std::int64_t width, float* staging) {
-  const std::int64_t lanes = lane_count(), ld = padded(dim);
+HWY_INLINE void pack_square(const RowOf& row_of, std::int64_t first, std::int64_t d, float* dst, std::int64_t ld,
+                            float* staging) {
+#if HWY_HAVE_SCALABLE
+  const std::int64_t lanes = lane_count();
+  for (std::int64_t i = 0; i < lanes; ++i) {
+    store_floats(load_floats(static_cast<const T*>(row_of(first + i)) + d), staging + i * lanes);
+  }
+  transpose_square(staging, lanes, dst, ld);
+#else
+  static_cast<void>(staging);
+  Floats v[kLanes];
+  HWY_UNROLL(16)
+  for (int i = 0; i < kLanes; ++i) v[i] = load_floats(static_cast<const T*>(row_of(first + i)) + d);
+  transpose_vectors(v);
+  HWY_UNROLL(16)
+  for (int i = 0; i < kLanes; ++i) store_floats(v[i], dst + i * ld);
+#endif
+}
+
+// Rows → lanes. panel[d·width + lane] = rows[lane][d] for d < dim and lane < count; lanes from count to the next
+// multiple of lane_count() are 0. `row_of(lane)` gives a row's address. panel holds padded(dim)·width floats (rows past
+// dim become 0), staging lane_count()² floats.
+template <class T, class RowOf>
+HWY_INLINE void pack_panel(const RowOf& row_of, std::int64_t count, std::int64_t dim, float* panel, std::int64_t width,
+                           float* staging) {
+  const std::int64_t lanes = lane_count();
   for (std::int64_t first = 0; first < count; first += lanes) {
-    for (std::int64_t i = 0; i < lanes; ++i) {
-      float* const row = staging + i * ld;
-      const std::int64_t filled = first + i < count ? dim : 0;
-      if (filled != 0) convert_row(static_cast<const T*>(row_of(first + i)), dim, row);
-      for (std::int64_t d = filled; d < ld; ++d) row[d] = 0.0f;
-      if (factor != 1.0f) {
-        for (std::int64_t d = 0; d < ld; ++d) row[d] *= factor;
+    for (std::int64_t d = 0; d < dim; d += lanes) {
+      float* const square = panel + d * width + first;
+      if (first + lanes <= count && d + lanes <= dim) {
+        pack_square<T>(row_of, first, d, square, width, staging);
+        continue;
       }
+      std::fill_n(staging, lanes * lanes, 0.0f);
+      for (std::int64_t i = 0; i < lanes && first + i < count; ++i) {
+        convert_row(static_cast<const T*>(row_of(first + i)) + d, std::min(lanes, dim - d), staging + i * lanes);
+      }
+      transpose_square(staging, lanes, square, width);
     }
-    for (std::int64_t d = 0; d < ld; d += lanes) transpose_square(staging + d, ld, panel + d * width + first, width);
   }
 }
 
 // Lanes → rows: rows[lane][d] = panel[d·width + lane]·factors[lane], rounded to T, for d < dim and lane < count.
-// Reads panel rows up to padded(dim): what they hold past dim does not matter.
+// Reads panel rows up to padded(dim): what they hold past dim does not matter. staging: lane_count()² floats.
 template <class T, class RowOf>
 HWY_INLINE void unpack_panel(const float* panel, std::int64_t width, const float* factors, std::int64_t count,
                              std::int64_t dim, const RowOf& row_of, float* staging) {
-  const std::int64_t lanes = lane_count(), ld = padded(dim);
+  const std::int64_t lanes = lane_count();
   for (std::int64_t first = 0; first < count; first += lanes) {
-    for (std::int64_t d = 0; d < ld; d += lanes) transpose_square(panel + d * width + first, width, staging + d, ld);
-    for (std::int64_t i = 0; i < lanes && first + i < count; ++i) {
-      float* const row = staging + i * ld;
-      const Floats factor = hn::Set(FloatTag(), factors[first + i]);
-      for (std::int64_t d = 0; d < ld; d += lanes) store_floats(hn::Mul(load_floats(row + d), factor), row + d);
-      store_row(row, dim, static_cast<T*>(row_of(first + i)));
+    for (std::int64_t d = 0; d < dim; d += lanes) {
+      transpose_square(panel + d * width + first, width, staging, lanes);
+      for (std::int64_t i = 0; i < lanes && first + i < count; ++i) {
+        float* const row = staging + i * lanes;
+        T* const dst = static_cast<T*>(row_of(first + i)) + d;
+        const Floats scaled = hn::Mul(load_floats(row), hn::Set(FloatTag(), factors[first + i]));
+        if (d + lanes <= dim) {
+          store_floats(scaled, dst);
+        } else {
+          store_floats(scaled, row);
+          store_row(row, dim - d, dst);
+        }
+      }
     }
   }
 }

@@ -7,8 +7,7 @@
 #define ONEPASS_CPU_VALUES_INL_H_
 #endif
 
-#include "cpu/score-inl.h"
-#include "cpu/tile-inl.h"
+#include "cpu/segments-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace onepass::cpu::HWY_NAMESPACE {
@@ -58,15 +57,14 @@ inline void add_not_finite(Broadcast v, const ScoreTile& weights, const Lanes& l
   }
 }
 
-// out = out·rescale + Vᵀ·Pᵀ; `finite` is room for keys × dim floats.
-template <int kVectors>
-void add_values(Broadcast v, const ScoreTile& weights, const Lanes& lanes, std::int64_t dim, float* out,
-                const float* rescale, float* finite) {
+// out = out·rescale + Vᵀ·Pᵀ where hidden values may be anything; `finite` is room for keys × dim floats.
+inline void add_values(Broadcast v, const ScoreTile& weights, const Segments& segments, const Lanes& lanes,
+                       std::int64_t dim, float* out, float* rescale, float* finite) {
   if (lanes.sees_all(weights.first_key, weights.keys) || all_finite(v, weights.keys, dim)) {
-    return multiply_values<kVectors>(v, weights.scores, weights.width, weights.keys, dim, out, rescale);
+    return multiply_segments(v, weights, segments, dim, out, rescale);
   }
   copy_finite(v, weights.keys, dim, finite);
-  multiply_values<kVectors>(Broadcast{finite, dim}, weights.scores, weights.width, weights.keys, dim, out, rescale);
+  multiply_segments(Broadcast{finite, dim}, weights, segments, dim, out, rescale);
   add_not_finite(v, weights, lanes, dim, out);
 }
 
