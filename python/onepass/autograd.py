@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+from onepass._library import call
 from onepass._ops import Score, ScoreTensors, ops, option_arguments
 
 
@@ -72,6 +73,7 @@ class Attention(Function):
         limits: VarlenLimits,
         score: Score,
         deterministic: bool,
+        return_lse: bool,
         return_total_attention: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         options = option_arguments(score, ScoreTensors(bias, sinks, alibi_slopes, key_begin, key_end, dropout_state))
@@ -83,15 +85,19 @@ class Attention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         out, lse, total_attention = output
-        *tensors, ctx.limits, ctx.score, ctx.deterministic, _ = inputs
+        *tensors, ctx.limits, ctx.score, ctx.deterministic, return_lse, _ = inputs
         ctx.save_for_backward(out, lse, *tensors)
-        ctx.mark_non_differentiable(total_attention)
+        # torch.compile makes zeros of absent gradients; an LSE that nobody asked for must not cost a gradient of zeros.
+        ctx.mark_non_differentiable(*((total_attention,) if return_lse else (lse, total_attention)))
+        ctx.has_lse_gradient = return_lse
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, q, k, v, *score_tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-        nothing = (None,) * 10  # the inputs after bias and sinks
+        nothing = (None,) * 11  # the inputs after bias and sinks
+        if not ctx.has_lse_gradient:
+            dlse = None
         if dout is None and dlse is None:
             return (None,) * 5 + nothing
         tensors = ScoreTensors(*score_tensors)
@@ -104,8 +110,8 @@ class Attention(Function):
             dout, out, v = _with_lse_gradient(dout, dlse, out, v, score)
         ragged = () if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, *ctx.limits)
         operation = ops.attention_backward if cu_seqlens_q is None else ops.varlen_attention_backward
-        gradients = operation(
-            dout, out, lse, q, k, v, *ragged, *option_arguments(score, tensors),
+        gradients = call(
+            operation, dout, out, lse, q, k, v, *ragged, *option_arguments(score, tensors),
             bias_gradient, sinks_gradient, ctx.deterministic,
         )  # fmt: skip
         gradients = _refuse_second_order((dout, q, k, v, tensors.bias, tensors.sinks), gradients)

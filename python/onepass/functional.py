@@ -209,8 +209,8 @@ def attention_with_state(
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32)
     if _needs_gradient(q, k, v, tensors.bias, tensors.sinks):
         out, lse, total_attention = call(
-            Attention.apply, q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k, limits, score, deterministic,
-            return_total_attention,
+            Attention.apply, *_distinct(q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k), limits, score, deterministic,
+            return_lse, return_total_attention,
         )  # fmt: skip
         return AttentionResult(out, lse if return_lse else None, total_attention if return_total_attention else None)
     arguments = (q, k, v, *option_arguments(score, tensors))
@@ -236,9 +236,9 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     Raises:
         ValueError, TypeError: as :func:`attention`.
     """
-    differentiable = _needs_gradient(out_a, lse_a, out_b, lse_b)
-    merge = MergeStates.apply if differentiable else ops.merge_states
-    out, lse = call(merge, out_a, lse_a, out_b, lse_b)
+    parts = out_a, lse_a, out_b, lse_b
+    differentiable = _needs_gradient(*parts)
+    out, lse = call(MergeStates.apply, *_distinct(*parts)) if differentiable else call(ops.merge_states, *parts)
     return out, lse
 
 
@@ -285,6 +285,18 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``tensors`` without repetition while compiling: Dynamo refuses an autograd.Function given one tensor twice."""
+    if not _is_compiling():
+        return tensors
+    seen: list[Tensor] = []
+    for tensor in tensors:
+        if tensor is not None:
+            seen.append(tensor.view_as(tensor) if any(tensor is other for other in seen) else tensor)
+    distinct = iter(seen)
+    return tuple(None if tensor is None else next(distinct) for tensor in tensors)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
