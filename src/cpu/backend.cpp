@@ -1,5 +1,7 @@
 // cpu/backend.cpp: the SIMD CPU backend's table.
 #include "core/backend.h"
+#include "cpu/append.h"
+#include "cpu/cached.h"
 #include "cpu/forward.h"
 #include "cpu/isa.h"
 #include "cpu/merge.h"
@@ -23,6 +25,10 @@ const Backend kCpuBackend{
     .forward = cpu::forward,
     .supports_merge = supports_merge,
     .merge = cpu::merge,
+    .supports_append = cpu::supports_append,
+    .append = cpu::append,
+    .supports_cached = cpu::supports_cached,
+    .cached = cpu::cached,
 };
 
 }  // namespace onepass

@@ -1,0 +1,71 @@
+// cpu/cache_reader.h: where the rows and scales of one (sequence, key/value head) lie, block of keys by block.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/cache_problem.h"
+
+namespace onepass::cpu {
+
+template <class T>
+class CacheReader {
+ public:
+  CacheReader(const KVStorage& cache, std::int64_t batch, std::int64_t head)
+      : cache_(cache), batch_(batch), head_(head) {}
+
+  // Keys [first, first + count) that exist within [begin, end): only those are ever read.
+  struct Block {
+    std::int64_t first, begin, end;
+  };
+
+  // rows[i] = the row of key first + i, or of the nearest key of the block: an address that may be read, whose score
+  // will be masked.
+  void rows(const Operand& operand, const Block& block, std::int64_t count, const T** rows) const {
+    for_each_run(block.begin, block.end, [&](std::int64_t key, std::int64_t run, Slot slot) {
+      const T* row = operand.row<T>(slot.block, head_, slot.offset);
+      for (std::int64_t i = 0; i < run; ++i) rows[key - block.first + i] = row + i * operand.token_stride;
+    });
+    const T* const low = rows[block.begin - block.first];
+    const T* const high = rows[block.end - 1 - block.first];
+    std::fill(rows, rows + (block.begin - block.first), low);
+    std::fill(rows + (block.end - block.first), rows + count, high);
+  }
+
+  // The same for scales; 0 for keys that do not exist.
+  void scales(const CacheScale& scale, const Block& block, std::int64_t count, float* scales) const {
+    std::fill_n(scales, count, 0.0f);
+    for_each_run(block.begin, block.end, [&](std::int64_t key, std::int64_t run, Slot slot) {
+      const float* from = scale.at(slot.block, head_, slot.offset);
+      for (std::int64_t i = 0; i < run; ++i) scales[key - block.first + i] = from[i * scale.token_stride];
+    });
+  }
+
+  // The scales of one key's channel groups.
+  const float* group_scales(const CacheScale& scale, std::int64_t key) const {
+    const Slot slot = cache_.slot(batch_, key);
+    return scale.at(slot.block, head_, slot.offset);
+  }
+
+  const T* row(const Operand& operand, std::int64_t key) const {
+    const Slot slot = cache_.slot(batch_, key);
+    return operand.row<T>(slot.block, head_, slot.offset);
+  }
+
+ private:
+  // f(key, length, slot) for runs of keys that lie behind each other.
+  template <class F>
+  void for_each_run(std::int64_t begin, std::int64_t end, const F& f) const {
+    while (begin < end) {
+      const Slot slot = cache_.slot(batch_, begin);
+      const std::int64_t run = std::min(end - begin, cache_.block_tokens - slot.offset);
+      f(begin, run, slot);
+      begin += run;
+    }
+  }
+
+  const KVStorage& cache_;
+  std::int64_t batch_, head_;
+};
+
+}  // namespace onepass::cpu

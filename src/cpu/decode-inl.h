@@ -1,0 +1,196 @@
+// cpu/decode-inl.h: both products for few query rows, bound by memory. A row tile is kRows = lanes/E rows, E a power of
+// two: a vector holds E channels of every row, so no lane is idle however few rows there are:
+//   scores: q[s/E][row·E + s%E]; E channels of a key are broadcast to all rows; the E partial sums of a row meet in
+//           log2 E pairwise additions of E keys, which leave S[key][row] contiguous;
+//   values: channels along lanes, the weights S[key][row] broadcast.
+// One row (E = lanes) reads keys as they are stored; more rows read a key block that was converted once for all.
+#if defined(ONEPASS_CPU_DECODE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ONEPASS_CPU_DECODE_INL_H_
+#undef ONEPASS_CPU_DECODE_INL_H_
+#else
+#define ONEPASS_CPU_DECODE_INL_H_
+#endif
+
+#include <hwy/cache_control.h>
+
+#include "cpu/dequant-inl.h"
+#include "cpu/transpose-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace onepass::cpu::HWY_NAMESPACE {
+#if !HWY_HAVE_SCALABLE
+
+// Keys of a block; blocks begin at multiples of it in the sequence, so that a row's bits depend on nothing else.
+inline constexpr std::int64_t kDecodeKeys = 64;
+
+// Row stride of converted blocks: a constant, so that rows are addressed by displacement; odd in cache lines.
+inline constexpr std::int64_t kConvertedStride = 512 + 16;
+
+// Accumulators of a tile: keys of the first product, rows × vectors of the second.
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSSE3 || HWY_TARGET == HWY_SSE4
+inline constexpr int kAccumulators = 8;
+#else
+inline constexpr int kAccumulators = 16;
+#endif
+
+// Adds neighbours: E partial sums a row in each of kCount vectors → kCount/E vectors of E keys each.
+template <int kCount, int kPartials>
+HWY_INLINE void add_partials(Floats* v) {
+  if constexpr (kPartials > 1) {
+    const FloatTag f;
+    HWY_UNROLL(8)
+    for (int i = 0; i < kCount / 2; ++i) {
+      v[i] = hn::Add(hn::ConcatEven(f, v[2 * i + 1], v[2 * i]), hn::ConcatOdd(f, v[2 * i + 1], v[2 * i]));
+    }
+    add_partials<kCount / 2, kPartials / 2>(v);
+  }
+}
+
+// scores[key] for kDecodeKeys keys and one row, straight from storage; `next` are the rows that will be read next.
+template <class T>
+HWY_NOINLINE void score_one_row(const T* const* rows, const T* const* next, const float* HWY_RESTRICT q,
+                                std::int64_t dim, float* HWY_RESTRICT scores) {
+  const FloatTag f;
+  constexpr int kVectors = Unpack<T>::kVectors;
+  constexpr std::int64_t kChunk = kVectors * kLanes;
+  for (std::int64_t key = 0; key < kDecodeKeys; key += kLanes) {
+    Floats sums[kLanes];
+    HWY_UNROLL(16)
+    for (int i = 0; i < kLanes; ++i) sums[i] = hn::Zero(f);
+    for (std::int64_t d = 0; d < dim; d += kChunk) {
+      Floats qv[kVectors];
+      HWY_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j) qv[j] = hn::Load(f, q + d + j * kLanes);
+      HWY_UNROLL(16)
+      for (int i = 0; i < kLanes; ++i) {
+        Floats kv[kVectors];
+        Unpack<T>::load(rows[key + i] + d, kv);
+        hwy::Prefetch(next[key + i] + d);
+        HWY_UNROLL(4)
+        for (int j = 0; j < kVectors; ++j) sums[i] = hn::MulAdd(kv[j], qv[j], sums[i]);
+      }
+    }
+    add_partials<kLanes, kLanes>(sums);
+    hn::Store(sums[0], f, scores + key);
+  }
+}
+
+// E floats at p in every group of E lanes.
+template <int kPartials>
+HWY_INLINE Floats broadcast(const float* p) {
+  const FloatTag f;
+  if constexpr (kPartials == 1) {
+    return hn::Set(f, *p);
+  } else if constexpr (kPartials == 2) {
+    const hn::Repartition<std::uint64_t, FloatTag> pairs;
+    std::uint64_t pair;
+    std::memcpy(&pair, p, sizeof(pair));
+    return hn::BitCast(f, hn::Set(pairs, pair));
+  } else {
+    static_assert(kPartials == 4);
+    return hn::LoadDup128(f, p);
+  }
+}
+
+// scores[key][row] for kDecodeKeys keys of a converted block.
+template <int kRows>
+HWY_NOINLINE void score_rows(const float* HWY_RESTRICT keys, const float* HWY_RESTRICT q, std::int64_t dim,
+                             float* HWY_RESTRICT scores) {
+  const FloatTag f;
+  constexpr int kPartials = kLanes / kRows;
+  for (std::int64_t key = 0; key < kDecodeKeys; key += kAccumulators) {
+    const float* HWY_RESTRICT at = keys + key * kConvertedStride;
+    Floats sums[kAccumulators];
+    HWY_UNROLL(16)
+    for (int i = 0; i < kAccumulators; ++i) sums[i] = hn::Zero(f);
+    for (std::int64_t s = 0; s < dim; s += kPartials) {
+      const Floats qv = hn::Load(f, q + s * kRows);
+      HWY_UNROLL(16)
+      for (int i = 0; i < kAccumulators; ++i) {
+        sums[i] = hn::MulAdd(broadcast<kPartials>(at + i * kConvertedStride + s), qv, sums[i]);
+      }
+    }
+    add_partials<kAccumulators, kPartials>(sums);
+    HWY_UNROLL(16)
+    for (int i = 0; i < kAccumulators / kPartials; ++i) hn::Store(sums[i], f, scores + key * kRows + i * kLanes);
+  }
+}
+
+// The listed rows in storage order of Unpack, converted; `next` are the rows that will be read next.
+template <class T>
+HWY_NOINLINE void convert_block(const T* const* rows, const T* const* next, const std::int32_t* keys,
+                                std::int64_t count, std::int64_t dim, float* dst) {
+  const FloatTag f;
+  constexpr int kVectors = Unpack<T>::kVectors;
+  for (std::int64_t n = 0; n < count; ++n) {
+    const std::int32_t key = keys[n];
+    const T* HWY_RESTRICT row = rows[key];
+    float* HWY_RESTRICT to = dst + key * kConvertedStride;
+    for (std::int64_t d = 0; d < dim; d += kVectors * kLanes) {
+      Floats v[kVectors];
+      Unpack<T>::load(row + d, v);
+      hwy::Prefetch(next[key] + d);
+      HWY_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j) hn::Store(v[j], f, to + d + j * kLanes);
+    }
+  }
+}
+
+// out[row][s] += Σ_key weights[key][row]·v[key][s] for kWidth vectors from position s on. Keys are those listed.
+template <class T, int kRows, int kWidth>
+HWY_INLINE void add_value_columns(const T* const* rows, const T* const* next, const std::int32_t* keys,
+                                  std::int64_t count, const float* HWY_RESTRICT weights, std::int64_t s,
+                                  float* HWY_RESTRICT out, std::int64_t stride) {
+  const FloatTag f;
+  constexpr int kVectors = Unpack<T>::kVectors;
+  Floats sums[kRows * kWidth];
+  HWY_UNROLL(16)
+  for (int i = 0; i < kRows * kWidth; ++i) sums[i] = hn::Load(f, out + (i / kWidth) * stride + s + i % kWidth * kLanes);
+  for (std::int64_t n = 0; n < count; ++n) {
+    const std::int32_t key = keys[n];
+    Floats v[kWidth];
+    HWY_UNROLL(8)
+    for (int j = 0; j < kWidth; j += kVectors) {
+      Unpack<T>::load(rows[key] + s + j * kLanes, v + j);
+      hwy::Prefetch(next[key] + s + j * kLanes);
+    }
+    HWY_UNROLL(16)
+    for (int r = 0; r < kRows; ++r) {
+      const Floats p = hn::Set(f, weights[key * kRows + r]);
+      HWY_UNROLL(8)
+      for (int j = 0; j < kWidth; ++j) sums[r * kWidth + j] = hn::MulAdd(p, v[j], sums[r * kWidth + j]);
+    }
+  }
+  HWY_UNROLL(16)
+  for (int i = 0; i < kRows * kWidth; ++i) {
+    hn::Store(sums[i], f, out + (i / kWidth) * stride + s + i % kWidth * kLanes);
+  }
+}
+
+// Vectors of a pass over the values: as many as the accumulators hold for this many rows, at most 8.
+template <int kRows>
+inline constexpr int kValueWidth = kAccumulators / kRows > 8 ? 8 : kAccumulators / kRows;
+
+// Whether the second product can read T as it is stored.
+template <class T, int kRows>
+inline constexpr bool kReadsStorage = Unpack<T>::kFast&& Unpack<T>::kVectors <= kValueWidth<kRows>;
+
+template <class T, int kRows, int kWidth = kValueWidth<kRows>>
+HWY_NOINLINE void add_values_of(const T* const* rows, const T* const* next, const std::int32_t* keys,
+                                std::int64_t count, const float* weights, std::int64_t dim, float* out,
+                                std::int64_t stride, std::int64_t first = 0) {
+  for (; first + kWidth * kLanes <= dim; first += kWidth * kLanes) {
+    add_value_columns<T, kRows, kWidth>(rows, next, keys, count, weights, first, out, stride);
+  }
+  if constexpr (kWidth / 2 >= Unpack<T>::kVectors) {
+    if (first < dim) {
+      add_values_of<T, kRows, kWidth / 2>(rows, next, keys, count, weights, dim, out, stride, first);
+    }
+  }
+}
+
+#endif  // !HWY_HAVE_SCALABLE
+}  // namespace onepass::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,0 +1,466 @@
+// cpu/decode_rows-inl.h: a task of few query rows: packs them, walks the key blocks, leaves the online softmax's state.
+// A tile of scores is [key / E][lane] with lane = (key % E)·rows + row, so that softmax_tile sees ordinary lanes; the E
+// lanes of a row share one maximum.
+#if defined(ONEPASS_CPU_DECODE_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ONEPASS_CPU_DECODE_ROWS_INL_H_
+#undef ONEPASS_CPU_DECODE_ROWS_INL_H_
+#else
+#define ONEPASS_CPU_DECODE_ROWS_INL_H_
+#endif
+
+#include <limits>
+
+#include "cpu/arena.h"
+#include "cpu/cache_reader.h"
+#include "cpu/cached_plan.h"
+#include "cpu/decode-inl.h"
+#include "cpu/softmax-inl.h"
+#include "cpu/values-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace onepass::cpu::HWY_NAMESPACE {
+#if !HWY_HAVE_SCALABLE
+
+// Rows of a tile: the fewest that hold `count`, of 1, L/4, L/2 and L.
+inline std::int64_t tile_rows(std::int64_t count) {
+  if (count == 1) return 1;
+  return count <= kLanes / 4 ? kLanes / 4 : count <= kLanes / 2 ? kLanes / 2 : kLanes;
+}
+
+// How one of K and V is read.
+struct StoredSide {
+  std::int64_t dim;        // channels
+  std::int64_t positions;  // floats of a row in a tile: dim, rounded up to vectors
+  bool natural;            // converted in channel order; else in the order of Unpack
+  bool group_scales;       // applied while converting
+
+  template <class T>
+  static StoredSide of(const KVStorage& cache, std::int64_t dim) {
+    const bool groups = cache.granularity == ScaleGranularity::kGroup;
+    const bool natural = groups || !Unpack<T>::kFast || dim % chunk_elements<T>() != 0;
+    return {dim, padded(dim), natural, groups};
+  }
+};
+
+// What a task keeps. Floats unless said.
+struct DecodeState {
+  float* q;             // [positions of K / E][lane]
+  float* scores;        // [kDecodeKeys / E][lane], for all blocks of the task when weights are dropped
+  float* out;           // [row][positions of V], not yet divided by the sum
+  float* maximum;       // [lane]
+  float* sum;           // [lane]
+  float* rescale;       // [lane]
+  float* tile_maximum;  // [lane]
+  float* k_converted;   // [key][kConvertedStride]
+  float* v_converted;
+  float* k_scales;  // [key], and one vector past the end
+  float* v_scales;
+  float* staging;       // [positions]
+  std::int32_t* begin;  // [lane]: visible keys, as in Lanes
+  std::int32_t* end;
+  std::int32_t* center;
+  float* slope;
+  const void** k_rows[2];  // [key] of this and the next block
+  const void** v_rows[2];
+  std::int32_t* keys;  // [key]: those whose values count
+
+  // max_keys: of any task, when weights are dropped; else 0.
+  void take(Arena& arena, const CachedProblem& problem, std::int64_t max_keys) {
+    const KVStorage& cache = problem.cache;
+    const std::int64_t k_positions = padded(cache.head_dim), v_positions = padded(cache.head_dim_v);
+    const std::int64_t blocks = std::max<std::int64_t>(1, max_keys / kDecodeKeys + 2);
+    q = arena.take<float>(k_positions * kLanes);
+    scores = arena.take<float>(blocks * kDecodeKeys * kLanes);
+    out = arena.take<float>(v_positions * kLanes);
+    for (float** lane : {&maximum, &sum, &rescale, &tile_maximum, &slope}) *lane = arena.take<float>(kLanes);
+    for (std::int32_t** lane : {&begin, &end, &center}) *lane = arena.take<std::int32_t>(kLanes);
+    k_converted = arena.take<float>(kDecodeKeys * kConvertedStride);
+    v_converted = arena.take<float>(kDecodeKeys * kConvertedStride);
+    k_scales = arena.take<float>(kDecodeKeys + kLanes);
+    v_scales = arena.take<float>(kDecodeKeys + kLanes);
+    staging = arena.take<float>(std::max(k_positions, v_positions));
+    for (int i : {0, 1}) {
+      k_rows[i] = arena.take<const void*>(kDecodeKeys);
+      v_rows[i] = arena.take<const void*>(kDecodeKeys);
+    }
+    keys = arena.take<std::int32_t>(kDecodeKeys);
+  }
+};
+
+// `T` stored element, `kRows` rows of the tile.
+template <class T, int kRows>
+class DecodeTask {
+  static constexpr std::int64_t kPartials = kLanes / kRows;           // E
+  static constexpr std::int64_t kTileKeys = kDecodeKeys / kPartials;  // vectors of a tile
+  static constexpr std::int64_t kTileSize = kDecodeKeys * kRows;
+  static constexpr std::int64_t kLineElements = 64 / sizeof(T);
+
+ public:
+  DecodeTask(const CachedProblem& problem, const Problem& queries, const ScoreTerms& terms, const CachedTask& task,
+             DecodeState& state)
+      : problem_(problem),
+        queries_(queries),
+        terms_(terms),
+        task_(task),
+        s_(state),
+        rows_(row_set(problem, task.batch, task.head_kv)),
+        reader_(problem.cache, task.batch, task.head_kv),
+        k_(StoredSide::of<T>(problem.cache, problem.cache.head_dim)),
+        v_(StoredSide::of<T>(problem.cache, problem.cache.head_dim_v)) {}
+
+  void run() {
+    pack_queries();
+    set_lanes();
+    std::fill_n(s_.out, kRows * v_.positions, 0.0f);
+    std::fill_n(s_.maximum, kLanes, -kInfinity);
+    std::fill_n(s_.sum, kLanes, 0.0f);
+    if (problem_.prob_threshold > 0) {
+      run_dropping();
+    } else {
+      for_each_block(/*with_k=*/true, /*with_v=*/true, [&](const Block& block) {
+        score(block, s_.scores);
+        softmax(block, s_.scores);
+        add_values(block, s_.scores);
+      });
+    }
+    for (std::int64_t r = 0; r < kRows; ++r) {  // the row's lanes hold parts of its sum
+      for (std::int64_t e = 1; e < kPartials; ++e) s_.sum[r] += s_.sum[e * kRows + r];
+    }
+  }
+
+  // Row r of the result in channel order, times `factor`.
+  void read_row(std::int64_t r, float factor, float* dst) const {
+    const float* row = s_.out + r * v_.positions;
+    if (!v_.natural) factor *= Unpack<T>::kFactor;
+    for (std::int64_t p = 0; p < v_.positions; ++p) {
+      if (const std::int64_t d = channel(v_, p); d < v_.dim) dst[d] = row[p] * factor;
+    }
+  }
+
+ private:
+  struct Block {
+    typename CacheReader<T>::Block keys;
+    const T* const* k;
+    const T* const* k_next;
+    const T* const* v;
+    const T* const* v_next;
+    std::int64_t count() const { return keys.end - keys.begin; }
+  };
+
+  static std::int64_t channel(const StoredSide& side, std::int64_t position) {
+    if (side.natural) return position;
+    const std::int64_t chunk = chunk_elements<T>();
+    return position / chunk * chunk + Unpack<T>::channel(position % chunk);
+  }
+
+  // Rows past the task's repeat its last one.
+  std::int64_t row_of(std::int64_t r) const { return task_.first_row + std::min(r, task_.rows - 1); }
+
+  void pack_queries() {
+    const float factor = terms_.query_factor * (k_.natural ? 1.0f : Unpack<T>::kFactor);
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      const std::int64_t row = row_of(r);
+      with_float_type(queries_.dtype, [&]<class Q>(Q) {
+        if constexpr (!std::is_same_v<Q, double>) {
+          convert_row(queries_.q.row<Q>(rows_.batch, rows_.head_of(row), rows_.token_of(row)), k_.dim, s_.staging);
+        }
+      });
+      for (std::int64_t p = 0; p < k_.positions; ++p) {
+        const std::int64_t d = channel(k_, p);
+        s_.q[p / kPartials * kLanes + r * kPartials + p % kPartials] = d < k_.dim ? s_.staging[d] * factor : 0.0f;
+      }
+    }
+  }
+
+  void set_lanes() {
+    min_end_ = INT64_MAX;
+    max_begin_ = 0;
+    const std::int64_t length = rows_.sequence.seqlen_k;
+    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+      const std::int64_t row = row_of(lane % kRows), query = rows_.query_of(row);
+      const KeyRange seen = visible_keys(problem_.attention, rows_.sequence, query);
+      const std::int64_t begin = std::clamp<std::int64_t>(seen.begin, task_.begin, length);
+      const std::int64_t end = std::clamp<std::int64_t>(seen.end, begin, std::max(begin, task_.end));
+      s_.begin[lane] = static_cast<std::int32_t>(begin);
+      s_.end[lane] = static_cast<std::int32_t>(end);
+      max_begin_ = std::max(max_begin_, begin);
+      min_end_ = std::min(min_end_, end);
+      s_.center[lane] = static_cast<std::int32_t>(query + rows_.sequence.diagonal);
+      s_.slope[lane] = terms_.alibi
+                           ? problem_.attention
+                                 .alibi_slopes[rows_.batch * problem_.attention.alibi_batch_stride + rows_.head_of(row)]
+                           : 0.0f;
+    }
+  }
+
+  bool sees_all(std::int64_t first, std::int64_t count) const {
+    return first >= max_begin_ && first + count <= min_end_;
+  }
+
+  // f(block) for every block of keys, its rows known, those of the next block too (to fetch them ahead).
+  template <class F>
+  void for_each_block(bool with_k, bool with_v, const F& f) {
+    const std::int64_t begin = task_.begin, end = task_.end;
+    const auto locate = [&](std::int64_t first, int side) {
+      const typename CacheReader<T>::Block keys{first, std::max(first, begin), std::min(first + kDecodeKeys, end)};
+      if (with_k) reader_.rows(problem_.cache.k, keys, kDecodeKeys, reinterpret_cast<const T**>(s_.k_rows[side]));
+      if (with_v) reader_.rows(problem_.cache.v, keys, kDecodeKeys, reinterpret_cast<const T**>(s_.v_rows[side]));
+      return keys;
+    };
+    if (begin >= end) return;
+    int side = 0;
+    auto keys = locate(begin / kDecodeKeys * kDecodeKeys, side);
+    for (;;) {
+      const std::int64_t next = keys.first + kDecodeKeys;
+      const bool last = next >= end;
+      const auto next_keys = last ? keys : locate(next, 1 - side);
+      const int other = last ? side : 1 - side;
+      f(Block{keys, reinterpret_cast<const T* const*>(s_.k_rows[side]),
+              reinterpret_cast<const T* const*>(s_.k_rows[other]), reinterpret_cast<const T* const*>(s_.v_rows[side]),
+              reinterpret_cast<const T* const*>(s_.v_rows[other])});
+      if (last) return;
+      keys = next_keys;
+      side = 1 - side;
+    }
+  }
+
+  // The listed rows of a block as floats in the side's order; the others are left as they are.
+  void convert(const StoredSide& side, const CacheScale& scale, const Block& block, const T* const* rows,
+               const T* const* next, float* dst) {
+    if constexpr (Unpack<T>::kFast) {
+      if (!side.natural && !has_nan<T>(rows, s_.keys, count_, side.dim)) {
+        return convert_block<T>(rows, next, s_.keys, count_, side.dim, dst);
+      }
+    }
+    for (std::int64_t n = 0; n < count_; ++n) {
+      const std::int64_t i = s_.keys[n];
+      float* to = dst + i * kConvertedStride;
+      if (side.natural) {
+        const float* groups = side.group_scales ? reader_.group_scales(scale, block.keys.first + i) : nullptr;
+        for (std::int64_t d = 0; d < side.dim; d += kLineElements) hwy::Prefetch(next[i] + d);
+        dequantize_row(rows[i], side.dim, groups, problem_.cache.group_channels, to);
+        std::fill(to + side.dim, to + side.positions, 0.0f);
+      } else {
+        for (std::int64_t p = 0; p < side.positions; ++p) {
+          to[p] = to_float(rows[i][channel(side, p)]) * (1.0f / Unpack<T>::kFactor);
+        }
+      }
+    }
+  }
+
+  // Logits of a block (products, when there are no terms), −inf where a lane does not see the key; s_.tile_maximum.
+  void score(const Block& block, float* scores) {
+    const CacheScale& scale = problem_.cache.k_scale;
+    bool done = false;
+    list_all(block);
+    if constexpr (kRows == 1 && Unpack<T>::kFast) {
+      if (!k_.natural && !has_nan<T>(block.k, s_.keys, count_, k_.dim)) {
+        score_one_row<T>(block.k, block.k_next, s_.q, k_.dim, scores);
+        done = true;
+      }
+    }
+    if (!done) {
+      convert(k_, scale, block, block.k, block.k_next, s_.k_converted);
+      if constexpr (kRows == 1) {
+        const float* rows[kDecodeKeys];
+        converted_rows(s_.k_converted, rows);
+        score_one_row<float>(rows, rows, s_.q, k_.positions, scores);
+      } else {
+        score_rows<kRows>(s_.k_converted, s_.q, k_.positions, scores);
+      }
+    }
+    if (scale && !k_.group_scales) {
+      reader_.scales(scale, block.keys, kDecodeKeys, s_.k_scales);
+      multiply_keys(s_.k_scales, scores);
+    }
+    if (terms_.any()) scale_scores(ScoreTile{scores, kLanes, block.keys.first, kTileKeys}, terms_);
+    if (terms_.alibi) add_distance(block.keys.first, scores);
+    mask_and_maximum(block.keys.first, scores);
+  }
+
+  static void converted_rows(const float* converted, const float** rows) {
+    for (std::int64_t key = 0; key < kDecodeKeys; ++key) rows[key] = converted + key * kConvertedStride;
+  }
+
+  // For each lane the key of its group: lane / kRows.
+  static HWY_INLINE Ints lane_keys() {
+    HWY_ALIGN std::int32_t keys[kLanes];
+    for (std::int64_t lane = 0; lane < kLanes; ++lane) keys[lane] = static_cast<std::int32_t>(lane / kRows);
+    return hn::Load(IntTag(), keys);
+  }
+
+  // tile[key][row] *= factors[key].
+  static void multiply_keys(const float* factors, float* tile) {
+    const FloatTag f;
+    const auto spread = hn::IndicesFromVec(f, lane_keys());
+    for (std::int64_t k = 0; k < kTileKeys; ++k) {
+      const Floats factor = hn::TableLookupLanes(hn::LoadU(f, factors + k * kPartials), spread);
+      hn::Store(hn::Mul(hn::Load(f, tile + k * kLanes), factor), f, tile + k * kLanes);
+    }
+  }
+
+  void add_distance(std::int64_t first, float* scores) const {
+    const FloatTag f;
+    const IntTag n;
+    const Floats slope = hn::Load(f, s_.slope);
+    const Ints from = hn::Sub(hn::Load(n, s_.center), lane_keys());
+    for (std::int64_t k = 0; k < kTileKeys; ++k) {
+      const Ints key = hn::Set(n, static_cast<std::int32_t>(first + k * kPartials));
+      const Floats behind = hn::ConvertTo(f, hn::Sub(from, key));
+      const Floats distance = terms_.alibi_zero_for_future ? hn::Max(behind, hn::Zero(f)) : hn::Abs(behind);
+      hn::Store(hn::NegMulAdd(slope, distance, hn::Load(f, scores + k * kLanes)), f, scores + k * kLanes);
+    }
+  }
+
+  // Where lanes do not see a key the tile becomes `hidden`.
+  void mask(std::int64_t first, float hidden, float* tile) const {
+    const FloatTag f;
+    const IntTag n;
+    const Ints begin = hn::Load(n, s_.begin), end = hn::Load(n, s_.end), lane = lane_keys();
+    for (std::int64_t k = 0; k < kTileKeys; ++k) {
+      const Ints key = hn::Add(lane, hn::Set(n, static_cast<std::int32_t>(first + k * kPartials)));
+      const auto visible = hn::RebindMask(f, hn::AndNot(hn::Gt(begin, key), hn::Gt(end, key)));
+      hn::Store(hn::IfThenElse(visible, hn::Load(f, tile + k * kLanes), hn::Set(f, hidden)), f, tile + k * kLanes);
+    }
+  }
+
+  void mask_and_maximum(std::int64_t first, float* scores) {
+    const FloatTag f;
+    if (!sees_all(first, kDecodeKeys)) mask(first, -kInfinity, scores);
+    Floats largest = hn::Set(f, -kInfinity);
+    for (std::int64_t k = 0; k < kTileKeys; ++k) largest = hn::Max(hn::Load(f, scores + k * kLanes), largest);
+    hn::Store(largest, f, s_.tile_maximum);
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      float row = -kInfinity;
+      for (std::int64_t e = 0; e < kPartials; ++e) row = std::max(row, s_.tile_maximum[e * kRows + r]);
+      for (std::int64_t e = 0; e < kPartials; ++e) s_.tile_maximum[e * kRows + r] = row;
+    }
+  }
+
+  // Scores → weights; earlier outputs are brought to the new maximum.
+  void softmax(const Block& block, float* scores) {
+    const FloatTag f;
+    softmax_tile(ScoreTile{scores, kLanes, block.keys.first, kTileKeys}, terms_.unit(), s_.tile_maximum, s_.maximum,
+                 s_.sum, s_.rescale);
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      if (s_.rescale[r] == 1.0f) continue;
+      const Floats factor = hn::Set(f, s_.rescale[r]);
+      float* const row = s_.out + r * v_.positions;
+      for (std::int64_t p = 0; p < v_.positions; p += kLanes)
+        hn::Store(hn::Mul(hn::Load(f, row + p), factor), f, row + p);
+    }
+  }
+
+  void list_all(const Block& block) {
+    count_ = block.count();
+    for (std::int64_t i = 0; i < count_; ++i) {
+      s_.keys[i] = static_cast<std::int32_t>(block.keys.begin - block.keys.first + i);
+    }
+  }
+
+  // Adds the values of the listed keys.
+  void add_values(const Block& block, float* weights) {
+    const CacheScale& scale = problem_.cache.v_scale;
+    const bool hidden = !sees_all(block.keys.begin, block.count());
+    if (scale && !v_.group_scales) {
+      reader_.scales(scale, block.keys, kDecodeKeys, s_.v_scales);
+      multiply_keys(s_.v_scales, weights);
+      if (hidden) mask(block.keys.first, 0.0f, weights);  // 0·NaN
+    }
+    bool converted = true;
+    if constexpr (kReadsStorage<T, kRows>) {
+      converted = v_.natural || hidden || has_nan<T>(block.v, s_.keys, count_, v_.dim);
+      if (!converted) {
+        add_values_of<T, kRows>(block.v, block.v_next, s_.keys, count_, weights, v_.dim, s_.out, v_.positions);
+      }
+    }
+    if (!converted) return;
+    convert(v_, scale, block, block.v, block.v_next, s_.v_converted);
+    if (hidden) take_out_not_finite(block, weights);
+    const float* rows[kDecodeKeys];
+    converted_rows(s_.v_converted, rows);
+    add_values_of<float, kRows>(rows, rows, s_.keys, count_, weights, v_.positions, s_.out, v_.positions);
+  }
+
+  // A hidden weight is 0, but 0·NaN is NaN: values that are not finite are replaced by 0 and given to the rows that see
+  // them.
+  void take_out_not_finite(const Block& block, const float* weights) {
+    for (std::int64_t n = 0; n < count_; ++n) {
+      const std::int64_t i = s_.keys[n], key = block.keys.first + i;
+      float* const row = s_.v_converted + i * kConvertedStride;
+      if (all_finite(Broadcast{row, 0}, 1, v_.positions)) continue;
+      for (std::int64_t p = 0; p < v_.positions; ++p) {
+        if (std::isfinite(row[p])) continue;
+        for (std::int64_t r = 0; r < kRows; ++r) {
+          if (key < s_.begin[r] || key >= s_.end[r]) continue;
+          s_.out[r * v_.positions + p] += weights[i * kRows + r] * row[p];
+        }
+        row[p] = 0.0f;
+      }
+    }
+  }
+
+  // First all scores, so that the rows' largest are known; then only the values whose weight is above the threshold.
+  void run_dropping() {
+    std::int64_t tile = 0;
+    for_each_block(true, false, [&](const Block& block) {
+      score(block, s_.scores + tile);
+      for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+        s_.maximum[lane] = std::max(s_.maximum[lane], s_.tile_maximum[lane]);
+      }
+      tile += kTileSize;
+    });
+    std::copy_n(s_.maximum, kLanes, s_.tile_maximum);
+    tile = 0;
+    for_each_block(false, true, [&](const Block& block) {
+      softmax(block, s_.scores + tile);
+      keep_large(block, s_.scores + tile);
+      for (std::int64_t n = 0; n < count_; ++n) fetch_ahead(block.v[s_.keys[n]]);
+      Block alone = block;  // the next block's rows may not be needed
+      alone.v_next = block.v;
+      if (count_ > 0) add_values(alone, s_.scores + tile);
+      tile += kTileSize;
+    });
+  }
+
+  void fetch_ahead(const T* row) const {
+    for (std::int64_t d = 0; d < v_.dim; d += kLineElements) hwy::Prefetch(row + d);
+  }
+
+  void keep_large(const Block& block, float* weights) {
+    const FloatTag f;
+    const Floats threshold = hn::Set(f, static_cast<float>(problem_.prob_threshold));
+    count_ = 0;
+    for (std::int64_t k = 0; k < kTileKeys; ++k) {
+      const Floats w = hn::Load(f, weights + k * kLanes);
+      const auto small = hn::Le(w, threshold);  // NaN is kept
+      if (hn::AllTrue(f, small)) continue;
+      hn::Store(hn::IfThenZeroElse(small, w), f, weights + k * kLanes);
+      for (std::int64_t e = 0; e < kPartials; ++e) {
+        const std::int64_t i = k * kPartials + e, key = block.keys.first + i;
+        const float* row = weights + i * kRows;
+        if (key < block.keys.begin || key >= block.keys.end) continue;
+        if (std::any_of(row, row + kRows, [](float x) { return x != 0.0f; })) {
+          s_.keys[count_++] = static_cast<std::int32_t>(i);
+        }
+      }
+    }
+  }
+
+  const CachedProblem& problem_;
+  const Problem& queries_;  // where the rows of q are: their dtype may differ from the problem's
+  const ScoreTerms& terms_;
+  const CachedTask& task_;
+  DecodeState& s_;
+  RowSet rows_;
+  CacheReader<T> reader_;
+  StoredSide k_, v_;
+  std::int64_t max_begin_ = 0, min_end_ = 0;
+  std::int64_t count_ = 0;  // of s_.keys
+};
+
+#endif  // !HWY_HAVE_SCALABLE
+}  // namespace onepass::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,0 +1,191 @@
+// cpu/dequant-inl.h: rows of a cache as floats: whole rows in their own order, and the fast unpacking of 64-byte
+// chunks.
+#if defined(ONEPASS_CPU_DEQUANT_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ONEPASS_CPU_DEQUANT_INL_H_
+#undef ONEPASS_CPU_DEQUANT_INL_H_
+#else
+#define ONEPASS_CPU_DEQUANT_INL_H_
+#endif
+
+#include "core/float8.h"
+#include "cpu/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace onepass::cpu::HWY_NAMESPACE {
+
+using ByteVector = hn::Repartition<std::uint8_t, FloatTag>;
+using HalfWords = hn::Repartition<std::uint16_t, FloatTag>;
+
+// load_floats of simd-inl.h for the other storage types: lane_count() elements in their order.
+HWY_INLINE Floats load_floats(const std::int8_t* p) {
+  const hn::Rebind<std::int8_t, FloatTag> bytes;
+  return hn::ConvertTo(FloatTag(), hn::PromoteTo(IntTag(), hn::LoadU(bytes, p)));
+}
+template <class T>
+HWY_INLINE Floats load_scalars(const T* p) {
+  HWY_ALIGN float converted[HWY_MAX_BYTES / sizeof(float)];
+  for (std::int64_t i = 0; i < lane_count(); ++i) converted[i] = to_float(p[i]);
+  return hn::Load(FloatTag(), converted);
+}
+HWY_INLINE Floats load_floats(const Float8E5M2* p) {
+  if constexpr (!kHasHalfConversion) return load_scalars(p);
+  const hn::Rebind<std::uint8_t, FloatTag> bytes;
+  const hn::Rebind<std::uint16_t, FloatTag> words;
+  const hn::Rebind<hwy::float16_t, FloatTag> halves;
+  const auto codes = hn::PromoteTo(words, hn::LoadU(bytes, reinterpret_cast<const std::uint8_t*>(p)));
+  return hn::PromoteTo(FloatTag(), hn::BitCast(halves, hn::ShiftLeft<8>(codes)));
+}
+HWY_INLINE Floats load_floats(const Float8E4M3* p) {
+  if constexpr (!kHasHalfConversion) return load_scalars(p);
+  const hn::Rebind<std::uint8_t, FloatTag> bytes;
+  const hn::Rebind<std::uint16_t, FloatTag> words;
+  const hn::Rebind<hwy::float16_t, FloatTag> halves;
+  const auto codes = hn::PromoteTo(words, hn::LoadU(bytes, reinterpret_cast<const std::uint8_t*>(p)));
+  const auto low = hn::Set(words, std::uint16_t{0x7F}), size = hn::And(codes, low);
+  const auto sign = hn::ShiftLeft<8>(hn::Xor(codes, size));
+  const auto nan = hn::Set(words, std::uint16_t{0x7E00});
+  const auto half = hn::Or(hn::IfThenElse(hn::Eq(size, low), nan, hn::ShiftLeft<7>(size)), sign);
+  return hn::Mul(hn::PromoteTo(FloatTag(), hn::BitCast(halves, half)), hn::Set(FloatTag(), 256.0f));
+}
+
+#if !HWY_HAVE_SCALABLE
+// How a chunk (one full vector register of stored elements) becomes kVectors vectors of floats, cheapest first: the
+// order of channels is whatever falls out. Position s of a chunk holds channel channel(s); its value is factor · what
+// load gives. The other operand (Q, or the finished O) is permuted to match, once.
+template <class T>
+struct Unpack {
+  static constexpr int kVectors = sizeof(float) / sizeof(T);
+  static constexpr float kFactor = 1.0f;
+  static constexpr bool kFast = true;
+  static std::int64_t channel(std::int64_t s) { return s; }
+  static HWY_INLINE void load(const T* p, Floats* HWY_RESTRICT v) {
+    HWY_UNROLL(4)
+    for (int i = 0; i < kVectors; ++i) v[i] = load_floats(p + i * lane_count());
+  }
+};
+
+template <>
+struct Unpack<Half> {
+  static constexpr int kVectors = 2;
+  static constexpr float kFactor = 1.0f;
+  static constexpr bool kFast = kHasHalfConversion;
+  static std::int64_t channel(std::int64_t s) { return s; }
+  static HWY_INLINE void load(const Half* p, Floats* HWY_RESTRICT v) {
+    v[0] = load_floats(p);
+    v[1] = load_floats(p + lane_count());
+  }
+};
+
+// A word holds two bfloat16: shifted up it is the even one as a float, masked the odd one.
+template <>
+struct Unpack<BFloat16> {
+  static constexpr int kVectors = 2;
+  static constexpr float kFactor = 1.0f;
+  static constexpr bool kFast = true;
+  static std::int64_t channel(std::int64_t s) {
+    const std::int64_t lanes = lane_count();
+    return 2 * (s % lanes) + s / lanes;
+  }
+  static HWY_INLINE void load(const BFloat16* p, Floats* HWY_RESTRICT v) {
+    const WordTag words;
+    const auto pairs = hn::LoadU(words, reinterpret_cast<const std::uint32_t*>(p));
+    v[0] = hn::BitCast(FloatTag(), hn::ShiftLeft<16>(pairs));
+    v[1] = hn::BitCast(FloatTag(), hn::And(pairs, hn::Set(words, 0xFFFF0000u)));
+  }
+};
+
+// Both 8-bit floats go through float16, two bytes of a 16-bit lane at a time: even bytes, then odd bytes.
+template <class T, class Self>
+struct UnpackFloat8 {
+  static constexpr int kVectors = 4;
+  static constexpr bool kFast = kHasHalfConversion;
+  static std::int64_t channel(std::int64_t s) {
+    const std::int64_t words = 2 * lane_count();
+    return 2 * (s % words) + s / words;
+  }
+  static HWY_INLINE void load(const T* p, Floats* HWY_RESTRICT v) {
+    const auto pairs = hn::LoadU(HalfWords(), reinterpret_cast<const std::uint16_t*>(p));
+    widen(Self::even_halves(pairs), v);
+    widen(Self::odd_halves(pairs), v + 2);
+  }
+
+ private:
+  static HWY_INLINE void widen(hn::Vec<HalfWords> halves, Floats* HWY_RESTRICT v) {
+    const hn::Rebind<hwy::float16_t, FloatTag> half;
+    const hn::Half<HalfWords> words;
+    v[0] = hn::PromoteTo(FloatTag(), hn::BitCast(half, hn::LowerHalf(words, halves)));
+    v[1] = hn::PromoteTo(FloatTag(), hn::BitCast(half, hn::UpperHalf(words, halves)));
+  }
+};
+
+template <>
+struct Unpack<Float8E5M2> : UnpackFloat8<Float8E5M2, Unpack<Float8E5M2>> {
+  static constexpr float kFactor = 1.0f;
+  static HWY_INLINE hn::Vec<HalfWords> even_halves(hn::Vec<HalfWords> pairs) { return hn::ShiftLeft<8>(pairs); }
+  static HWY_INLINE hn::Vec<HalfWords> odd_halves(hn::Vec<HalfWords> pairs) {
+    return hn::And(pairs, hn::Set(HalfWords(), std::uint16_t{0xFF00}));
+  }
+};
+
+// Sign and the seven bits below it, moved to where float16 has them; the exponent then reads 8 too low. NaN codes come
+// out as ±480/256: has_nan finds them.
+template <>
+struct Unpack<Float8E4M3> : UnpackFloat8<Float8E4M3, Unpack<Float8E4M3>> {
+  static constexpr float kFactor = 256.0f;
+  static HWY_INLINE hn::Vec<HalfWords> even_halves(hn::Vec<HalfWords> pairs) {
+    return odd_halves(hn::ShiftLeft<8>(pairs));
+  }
+  static HWY_INLINE hn::Vec<HalfWords> odd_halves(hn::Vec<HalfWords> pairs) {
+    const hn::RebindToSigned<HalfWords> words;
+    const auto shifted = hn::BitCast(HalfWords(), hn::ShiftRight<1>(hn::BitCast(words, pairs)));
+    return hn::And(shifted, hn::Set(HalfWords(), std::uint16_t{0xBF80}));
+  }
+};
+
+// Elements of a chunk.
+template <class T>
+HWY_INLINE std::int64_t chunk_elements() {
+  return Unpack<T>::kVectors * lane_count();
+}
+
+// Whether one of the listed rows of `dim` elements (a multiple of the chunk) holds a code that Unpack does not see as
+// NaN.
+template <class T>
+HWY_INLINE bool has_nan(const T* const* rows, const std::int32_t* keys, std::int64_t count, std::int64_t dim) {
+  if constexpr (std::is_same_v<T, Float8E4M3>) {
+    const ByteVector bytes;
+    const auto sign = hn::Set(bytes, std::uint8_t{0x80}), nan = hn::Set(bytes, std::uint8_t{0xFF});
+    auto found = hn::Zero(bytes);
+    for (std::int64_t n = 0; n < count; ++n) {
+      for (std::int64_t d = 0; d < dim; d += chunk_elements<T>()) {
+        const auto codes = hn::LoadU(bytes, reinterpret_cast<const std::uint8_t*>(rows[keys[n]] + d));
+        found = hn::Or(found, hn::VecFromMask(bytes, hn::Eq(hn::Or(codes, sign), nan)));
+      }
+    }
+    return !hn::AllTrue(bytes, hn::Eq(found, hn::Zero(bytes)));
+  } else {
+    static_cast<void>(rows), static_cast<void>(keys), static_cast<void>(count), static_cast<void>(dim);
+    return false;
+  }
+}
+#endif  // !HWY_HAVE_SCALABLE
+
+// dst = the row dequantized, channel by channel, rows of any length; `scales` holds one for every `group` channels, or
+// is null.
+template <class T>
+HWY_INLINE void dequantize_row(const T* HWY_RESTRICT row, std::int64_t dim, const float* scales, std::int64_t group,
+                               float* HWY_RESTRICT dst) {
+  std::int64_t i = 0;
+  for (; i + lane_count() <= dim; i += lane_count()) store_floats(load_floats(row + i), dst + i);
+  for (; i < dim; ++i) dst[i] = to_float(row[i]);
+  if (scales == nullptr) return;
+  for (std::int64_t first = 0; first < dim; first += group, ++scales) {
+    const std::int64_t end = first + group < dim ? first + group : dim;
+    for (std::int64_t d = first; d < end; ++d) dst[d] *= *scales;
+  }
+}
+
+}  // namespace onepass::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard
