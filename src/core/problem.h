@@ -21,7 +21,7 @@ struct Operand {
   std::int64_t token_stride = 0;
 
   template <class T>
-  T* row(std::int64_t batch, std::int64_t head, std::int64_t token) const {
+  constexpr T* row(std::int64_t batch, std::int64_t head, std::int64_t token) const {
     return static_cast<T*>(data) + batch * batch_stride + head * head_stride + token * token_stride;
   }
 };
@@ -33,9 +33,9 @@ struct RowVector {
   std::int64_t head_stride = 0;
   std::int64_t token_stride = 1;
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
   template <class T>
-  T& at(std::int64_t batch, std::int64_t head, std::int64_t token) const {
+  constexpr T& at(std::int64_t batch, std::int64_t head, std::int64_t token) const {
     return static_cast<T*>(data)[batch * batch_stride + head * head_stride + token * token_stride];
   }
 };
@@ -49,7 +49,7 @@ struct BiasOperand {
   std::int64_t query_stride = 0;
   std::int64_t key_stride = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 };
 
 struct Problem {
@@ -103,8 +103,8 @@ struct Problem {
 
   bool deterministic = false;
 
-  bool ragged() const { return cu_seqlens_q != nullptr; }
-  std::int64_t group_size() const { return num_heads / num_heads_kv; }
+  constexpr bool ragged() const { return cu_seqlens_q != nullptr; }
+  constexpr std::int64_t group_size() const { return num_heads / num_heads_kv; }
 };
 
 // The backward pass of `forward`, whose out and lse hold what the forward pass wrote.

@@ -1,6 +1,7 @@
 // cuda/hopper/backend.cpp: the Hopper backend's table (sm_90a).
 #include "core/backend.h"
 #include "cuda/device.h"
+#include "cuda/hopper/forward.h"
 
 namespace onepass {
 
@@ -9,6 +10,8 @@ const Backend kHopperBackend{
     .device = DeviceType::kCuda,
     .available = cuda::driver_available,
     .describe = cuda::describe_devices,
+    .supports_forward = cuda::hopper::supports_forward,
+    .forward = cuda::hopper::forward,
 };
 
 }  // namespace onepass

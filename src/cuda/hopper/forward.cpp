@@ -1,0 +1,145 @@
+#include "cuda/hopper/forward.h"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "core/parallel.h"
+#include "cuda/device.h"
+#include "cuda/hopper/kernels.h"
+#include "cuda/hopper/tensor_map.h"
+
+namespace onepass::cuda::hopper {
+namespace {
+
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 28;  // positions and window sums stay within int32
+constexpr std::int64_t kSectionBytes = 32 << 20;            // K and V of a section of heads: about half the L2
+constexpr std::int64_t kTallQueries = 8192;                 // from here 192-row tiles win (docs/hopper-forward.md)
+
+OperandShape query_shape(const Problem& p, std::int64_t dim) {
+  return {dim, p.ragged() ? p.total_q : p.seqlen_q, p.num_heads, p.ragged() ? 1 : p.batch};
+}
+OperandShape key_shape(const Problem& p, std::int64_t dim) {
+  return {dim, p.ragged() ? p.total_k : p.seqlen_k, p.num_heads_kv, p.ragged() ? 1 : p.batch};
+}
+
+bool has_terms(const Problem& p) {
+  return p.softcap > 0.0 || p.alibi_slopes != nullptr || p.bias || p.dropout_p > 0.0 || !(p.softmax_scale > 1e-20f);
+}
+
+bool is_banded(const Problem& p) { return p.window_left != kUnbounded || p.window_right != kUnbounded; }
+
+const ForwardKernel& choose_kernel(const Problem& p) {
+  const std::int64_t dim = std::max(p.head_dim, p.head_dim_v);
+  const ForwardPair* pair;
+  if (has_terms(p)) {
+    pair = dim <= 64 ? &kForward64Terms : dim <= 128 ? &kForward128Terms : &kForward256Terms;
+  } else if (dim > 64 && dim <= 128 && !is_banded(p) && !p.ragged() && p.seqlen_q >= kTallQueries) {
+    pair = &kForward128Tall;
+  } else {
+    pair = dim <= 64 ? &kForward64 : dim <= 128 ? &kForward128 : &kForward256;
+  }
+  return pair->of(p.dtype);
+}
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Parts to split every tile's keys into when there are too few tiles to fill the SMs: the least estimated time in
+// units of one block's. A tile costs about two blocks beyond its own, the second kernel about four.
+int choose_splits(std::int64_t tiles, std::int64_t blocks, int multiprocessors) {
+  constexpr int kTileCost = 2, kMergeCost = 4, kMaxSplits = 32;
+  if (tiles >= 2 * multiprocessors) return 1;
+  int best = 1;
+  std::int64_t least = ceil_div(tiles, multiprocessors) * (blocks + kTileCost);
+  for (int splits = 2; splits <= std::min<std::int64_t>(kMaxSplits, blocks); ++splits) {
+    const std::int64_t cost =
+        ceil_div(tiles * splits, multiprocessors) * (ceil_div(blocks, splits) + kTileCost) + kMergeCost;
+    if (cost < least) {
+      least = cost;
+      best = splits;
+    }
+  }
+  return best;
+}
+
+Plan make_plan(const Problem& p, const ForwardKernel& kernel, int multiprocessors) {
+  Plan plan;
+  const std::int64_t row_tiles =
+      p.ragged() ? p.total_q / kernel.rows + p.batch : p.batch * ceil_div(p.seqlen_q, kernel.rows);
+  std::int64_t visible = p.seqlen_k;  // of a tile, at most
+  if (p.window_left != kUnbounded && p.window_right != kUnbounded) {
+    visible = std::clamp<std::int64_t>(p.window_left + p.window_right + kernel.rows, 1, visible);
+  }
+  plan.splits = choose_splits(row_tiles * p.num_heads, ceil_div(visible, kernel.keys), multiprocessors);
+  const std::int64_t tiles = row_tiles * p.num_heads * plan.splits;
+  if (tiles > 0x7FFFFFFF - multiprocessors) {
+    throw Error(ErrorCode::kUnsupported,
+                std::string(p.operation) + ": grid: got " + std::to_string(tiles) + " tiles; need below 2^31");
+  }
+  plan.tiles = static_cast<int>(tiles);
+  plan.heavy_first = p.window_right != kUnbounded;
+  plan.section_keys = static_cast<int>(
+      std::min<std::int64_t>(kSectionBytes / (2 * (p.head_dim + p.head_dim_v)) * p.group_size(), 1 << 30));
+  plan.tma_store = !tma_rejects("out", p.out, query_shape(p, p.head_dim_v));
+  return plan;
+}
+
+}  // namespace
+
+Unsupported supports_forward(const Problem& p) {
+  if (device_info(p.device.index).compute_capability != 90) return "a device that is not sm_90";
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return std::string(name_of(p.dtype)) + " tensors";
+  if (p.total_attention) return "total attention";
+  if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim above 256";
+  if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) return "head_dim that is no multiple of 8";
+  if (p.head_dim == 0 || p.head_dim_v == 0 || p.batch == 0 || p.num_heads == 0) return "an empty dimension";
+  if (p.total_q == 0 || p.total_k == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "an empty dimension";
+  if (std::max({p.seqlen_q, p.seqlen_k, p.total_q / 4, p.total_k / 4}) > kMaxTokens) return "more than 2^28 tokens";
+  if (p.window_left > kMaxTokens || p.window_right > kMaxTokens) return "a window beyond 2^28";
+  if (auto reason = tma_rejects("q", p.q, query_shape(p, p.head_dim))) return reason;
+  if (auto reason = tma_rejects("k", p.k, key_shape(p, p.head_dim))) return reason;
+  if (auto reason = tma_rejects("v", p.v, key_shape(p, p.head_dim_v))) return reason;
+  if (reinterpret_cast<std::uintptr_t>(p.out.data) % 4 != 0 ||
+      (p.out.token_stride | p.out.head_stride | p.out.batch_stride) % 2 != 0) {
+    return "out: address or a stride off 4 bytes";
+  }
+  return std::nullopt;
+}
+
+void forward(const Problem& problem, const ExecutionContext& context) {
+  const DeviceGuard guard(problem.device.index);
+  const int multiprocessors = device_info(problem.device.index).multiprocessors;
+  const ForwardKernel& kernel = choose_kernel(problem);
+  Plan plan = make_plan(problem, kernel, multiprocessors);
+  const std::int64_t grid = std::min<std::int64_t>(plan.tiles, multiprocessors);
+
+  const std::int64_t partial_rows =
+      plan.splits > 1
+          ? plan.splits * problem.num_heads * (problem.ragged() ? problem.total_q : problem.batch * problem.seqlen_q)
+          : 0;
+  const bool counts = plan.tiles > grid;
+  std::optional<Workspace> workspace;
+  if (counts || partial_rows > 0) {
+    constexpr std::int64_t kCounterBytes = 256;  // keeps what follows aligned
+    workspace.emplace(context, problem.device,
+                      static_cast<std::size_t>(kCounterBytes + partial_rows * 4 * (problem.head_dim_v + 1)));
+    plan.counter = workspace->as<int>();
+    plan.partial_out = reinterpret_cast<float*>(workspace->as<char>() + kCounterBytes);
+    plan.partial_lse = plan.partial_out + partial_rows * problem.head_dim_v;
+  }
+  if (counts) {
+    check(cudaMemsetAsync(plan.counter, 0, sizeof(int), static_cast<cudaStream_t>(context.stream)), problem.operation,
+          "cudaMemsetAsync");
+  }
+
+  const CUtensorMap q = tensor_map(problem, problem.q, query_shape(problem, problem.head_dim), kernel.rows);
+  const CUtensorMap k = tensor_map(problem, problem.k, key_shape(problem, problem.head_dim), kernel.keys);
+  const CUtensorMap v = tensor_map(problem, problem.v, key_shape(problem, problem.head_dim_v), kernel.keys);
+  const CUtensorMap out =
+      plan.tma_store ? tensor_map(problem, problem.out, query_shape(problem, problem.head_dim_v), 64) : q;
+  const LaunchShape shape{.blocks = grid, .threads = kernel.threads, .shared_memory = kernel.shared_memory};
+  launch(problem.operation, kernel.function, shape, problem.device.index, context.stream, q, k, v, out, problem, plan);
+  if (plan.splits > 1) merge_splits(problem, plan, context.stream);
+}
+
+}  // namespace onepass::cuda::hopper

@@ -1,0 +1,8 @@
+// cuda/hopper/forward_256.cu
+#include "cuda/hopper/instantiate.cuh"
+
+namespace onepass::cuda::hopper {
+
+const ForwardPair kForward256 = describe_pair<256, 2, 80, false>();
+
+}  // namespace onepass::cuda::hopper

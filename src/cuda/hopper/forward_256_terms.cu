@@ -1,0 +1,8 @@
+// cuda/hopper/forward_256_terms.cu
+#include "cuda/hopper/instantiate.cuh"
+
+namespace onepass::cuda::hopper {
+
+const ForwardPair kForward256Terms = describe_pair<256, 2, 64, true>();
+
+}  // namespace onepass::cuda::hopper
