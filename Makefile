@@ -12,6 +12,9 @@ BENCH ?= suite
 python := .venv/bin/python
 onepass := PYTHONPATH=python $(python) -m onepass
 cmake_flags := -DPython_EXECUTABLE=$(CURDIR)/$(python) -DPython3_EXECUTABLE=$(CURDIR)/$(python)
+# The toolkit of the machine, or the one that tools/setup installs from PyPI when there is none.
+nvcc = $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc) \
+  $(abspath $(wildcard .venv/lib/python3*/site-packages/nvidia/cu1*/bin/nvcc)))
 cxx_files = $(shell git ls-files '*.h' '*.cpp' '*.c' '*.cu' '*.cuh')
 
 .PHONY: demo test test-cpp test-asan test-tsan test-python bench format lint cuda clean setup build
@@ -49,17 +52,17 @@ format:
 	@.venv/bin/ruff format python tests examples
 	@.venv/bin/ruff check --fix python tests examples
 
-lint: build
-	@tools/setup lint
+lint:
+	@tools/setup build lint
 	@clang-format --dry-run --Werror $(cxx_files)
-	@.venv/bin/ruff format --check python tests examples
-	@.venv/bin/ruff check python tests examples
+	@.venv/bin/ruff format --check --quiet python tests examples
+	@.venv/bin/ruff check --quiet python tests examples
 	@.venv/bin/mypy python/onepass
 
 cuda:
 	@tools/setup build cuda
-	@cmake --preset cuda $(cmake_flags) >/dev/null
+	@cmake --preset cuda $(cmake_flags) -DCMAKE_CUDA_COMPILER=$(nvcc) >/dev/null
 	@cmake --build --preset cuda -j $(JOBS)
 
 clean:
-	@rm -rf build dist demo_output bench_output python/onepass/lib
+	@rm -rf build dist demo_output bench_output python/onepass/lib/*.so

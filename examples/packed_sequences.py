@@ -1,5 +1,7 @@
 """Sequences of different lengths packed one after the other: no padding is stored or computed."""
 
+import itertools
+
 import onepass
 import torch
 
@@ -13,7 +15,7 @@ ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int3
 packed = onepass.varlen_attention(q, k, v, ends, ends, causal=True)
 
 # The same, one sequence at a time.
-for begin, end in zip(ends[:-1], ends[1:], strict=True):
+for begin, end in itertools.pairwise(ends.tolist()):
     alone = onepass.attention(*(x[begin:end].transpose(0, 1)[None] for x in (q, k, v)), causal=True)
     difference = (packed[begin:end].transpose(0, 1) - alone[0]).abs().max().item()
     print(f"tokens {begin:3d} to {end:3d}: largest difference {difference:.1e}")
