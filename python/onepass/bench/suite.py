@@ -1,7 +1,7 @@
 """The table of record for the CPU: shapes and dtypes against torch's SDPA and against the machine's sgemm rate.
 
-``pair`` cases of one row are measured in the same rounds as a 2048³ float32 matrix product, so that both the ratio to
-torch and the share of the matrix rate come from the same seconds of the same machine.
+Both contenders are measured in the same rounds as a 2048³ float32 matrix product, so that the ratio to torch and the
+share of the matrix rate come from the same seconds of the same machine.
 """
 
 from __future__ import annotations
@@ -124,11 +124,16 @@ def summarise(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def show(rows: Iterable[dict[str, Any]], console: Console) -> None:
     """Prints the table and its summary."""
     rows = list(rows)
-    table = Table(title="onepass against torch SDPA", caption="GFLOP/s; times ratio: torch / onepass")
-    for title in ("part", "batch, heads, length, dim", "mask", "dtype", "onepass", "torch", "× torch", "of sgemm"):
-        table.add_column(title, justify="left" if title in ("part", "mask", "dtype") else "right")
+    table = Table(
+        title="onepass against torch SDPA, GFLOP/s",
+        caption="shape: batch, heads, length, head_dim",
+        box=None,
+        pad_edge=False,
+    )
+    for title in ("part", "shape", "mask", "dtype", "onepass", "torch", "× torch", "of sgemm"):
+        table.add_column(title, justify="left" if title in ("part", "mask", "dtype") else "right", no_wrap=True)
     for row in rows:
-        shape = f"{row['batch']}, {row['num_heads']}, {row['seqlen_k']}, {row['head_dim']}"
+        shape = f"{row['batch']},{row['num_heads']},{row['seqlen_k']},{row['head_dim']}"
         mask = f"window {row['window']}" if row["window"] else "causal" if row["causal"] else "full"
         rates = (row["gflops"], row["peer_gflops"])
         if row["part"] == "small":
@@ -139,7 +144,7 @@ def show(rows: Iterable[dict[str, Any]], console: Console) -> None:
         style = "red" if row["ratio"] < 1 else ""
         table.add_row(row["part"], shape, mask, row["dtype"], *numbers, f"{row['ratio']:.2f}", share, style=style)
     console.print(table)
-    means = Table(title="geometric means of × torch")
+    means = Table(title="geometric means of × torch", box=None, pad_edge=False)
     for title in ("", "cells", "mean", "least"):
         means.add_column(title, justify="right" if title else "left")
     for group, figures in summarise(rows).items():
