@@ -101,7 +101,6 @@ struct PanelState {
   float* rescale;
   float* staging;
   float* finite_values;  // [key][dim_v]
-  float* row;            // [dim_v]
 
   void take(Arena& arena, const CachedProblem& problem) {
     const Problem& p = problem.attention;
@@ -112,9 +111,8 @@ struct PanelState {
     scores = arena.take<float>(kBlockKeys * shape.width);
     tile_maximum = arena.take<float>(shape.width);
     rescale = arena.take<float>(shape.width);
-    staging = arena.take<float>(lane_count() * padded(std::max(p.head_dim, p.head_dim_v)));
+    staging = arena.take<float>(lane_count() * lane_count());
     finite_values = arena.take<float>(kBlockKeys * p.head_dim_v);
-    row = arena.take<float>(p.head_dim_v);
   }
 };
 
@@ -135,7 +133,6 @@ Broadcast fetch(const KVStorage& cache, const CacheReader<T>& reader, const Oper
   return {floats, stride};
 }
 
-template <int kVectors>
 void attend_panel(const CachedCall& call, Panel& panel, KeySpan span, std::int64_t first_key, Broadcast k, Broadcast v,
                   PanelState& s) {
   const Problem& problem = call.attention();
@@ -143,11 +140,12 @@ void attend_panel(const CachedCall& call, Panel& panel, KeySpan span, std::int64
   k.data += skipped * k.stride;
   v.data += skipped * v.stride;
   const ScoreTile tile{s.scores, panel.width, span.first, span.count};
+  const Segments segments(panel.lanes, panel.width, span.first, span.count);
   std::fill_n(s.tile_maximum, panel.width, -kInfinity);
-  multiply_scores<kVectors>(k, panel.q, panel.width, span.count, problem.head_dim, s.scores, s.tile_maximum);
+  multiply_segments(k, panel.q, tile, segments, problem.head_dim, s.tile_maximum);
   finish_scores(problem, call.terms, tile, panel.lanes, s.tile_maximum, nullptr);
   softmax_tile(tile, call.terms.unit(), s.tile_maximum, panel.maximum, panel.sum, s.rescale);
-  add_values<kVectors>(v, tile, panel.lanes, problem.head_dim_v, panel.out, s.rescale, s.finite_values);
+  add_values(v, tile, segments, panel.lanes, problem.head_dim_v, panel.out, s.rescale, s.finite_values);
 }
 
 // The part of a span inside [begin, end).
@@ -215,8 +213,7 @@ void panel_task(const CachedCall& call, const CachedTask& task, PanelState& s) {
       Panel& panel = s.panels[i];
       const KeySpan span = clip(seen_span(panel.lanes, block, kBlockKeys), first, end);
       if (span.count <= 0) continue;
-      with_vectors(panel.width,
-                   [&](auto vectors) { attend_panel<decltype(vectors)::value>(call, panel, span, first, k, v, s); });
+      attend_panel(call, panel, span, first, k, v, s);
     }
   }
   for (std::int64_t i = 0; i < panels; ++i) write_panel(call, task, rows, s.panels[i], s);
@@ -224,7 +221,15 @@ void panel_task(const CachedCall& call, const CachedTask& task, PanelState& s) {
 
 // ---- the call
 
-// Exact: e^(unit·(maximum − largest)) weighs each part; parts without a visible key have sum 0 and weigh nothing.
+// What softmax_tile would rescale a part by when the row's maximum rises to `largest`. A part whose scores are all NaN
+// has the maximum −inf, and a sum that stays NaN.
+float weight_of_part(float maximum, float largest, float unit) {
+  if (maximum == largest || maximum == -kInfinity) return 1.0f;
+  const float exponent = unit * kLog2E, scaled = largest * exponent;
+  return std::exp2(std::fabs(scaled) < kFusedLimit ? maximum * exponent - scaled : (maximum - largest) * exponent);
+}
+
+// Parts without a visible key have sum 0 and weigh nothing.
 void merge_row(const CachedCall& call, const CachedMerge& merge, std::int64_t r, float* values) {
   const RowSet rows = row_set(call.problem, merge.batch, merge.head_kv);
   const std::int64_t dim = call.attention().head_dim_v;
@@ -237,8 +242,7 @@ void merge_row(const CachedCall& call, const CachedMerge& merge, std::int64_t r,
   for (std::int64_t i = 0; i < merge.parts; ++i) {
     const float* const from = part(i);
     if (from[1] == 0.0f) continue;
-    // A sum of NaN has a maximum that may be −inf.
-    const float weight = from[0] == largest ? 1.0f : std::exp(call.terms.unit() * (from[0] - largest));
+    const float weight = weight_of_part(from[0], largest, call.terms.unit());
     sum += from[1] * weight;
     for (std::int64_t d = 0; d < dim; ++d) values[d] += from[2 + d] * weight;
   }
