@@ -15,6 +15,7 @@ cmake_flags := -DPython_EXECUTABLE=$(CURDIR)/$(python) -DPython3_EXECUTABLE=$(CU
 # The toolkit of the machine, or the one that tools/setup installs from PyPI when there is none.
 nvcc = $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc) \
   $(abspath $(wildcard .venv/lib/python3*/site-packages/nvidia/cu1*/bin/nvcc)))
+py_files := python tests examples tools/check-cuda
 cxx_files = $(shell git ls-files '*.h' '*.cpp' '*.c' '*.cu' '*.cuh')
 
 .PHONY: demo test test-cpp test-asan test-tsan test-python bench format lint cuda clean setup build
@@ -49,20 +50,21 @@ test-python: build
 format:
 	@tools/setup build lint
 	@clang-format -i $(cxx_files)
-	@.venv/bin/ruff format python tests examples
-	@.venv/bin/ruff check --fix python tests examples
+	@.venv/bin/ruff format $(py_files)
+	@.venv/bin/ruff check --fix $(py_files)
 
 lint:
 	@tools/setup build lint
 	@clang-format --dry-run --Werror $(cxx_files)
-	@.venv/bin/ruff format --check --quiet python tests examples
-	@.venv/bin/ruff check --quiet python tests examples
+	@.venv/bin/ruff format --check --quiet $(py_files)
+	@.venv/bin/ruff check --quiet $(py_files)
 	@.venv/bin/mypy python/onepass
 
 cuda:
 	@tools/setup build cuda
 	@cmake --preset cuda $(cmake_flags) -DCMAKE_CUDA_COMPILER=$(nvcc) >/dev/null
 	@cmake --build --preset cuda -j $(JOBS)
+	@tools/check-cuda build/cuda/libonepass.a
 
 clean:
 	@rm -rf build dist demo_output bench_output python/onepass/lib/*.so
