@@ -1,6 +1,7 @@
 // cpu/backend.cpp: the SIMD CPU backend's table.
 #include "core/backend.h"
 #include "cpu/append.h"
+#include "cpu/backward.h"
 #include "cpu/cached.h"
 #include "cpu/forward.h"
 #include "cpu/isa.h"
@@ -23,6 +24,8 @@ const Backend kCpuBackend{
     .describe = cpu::describe_isa,
     .supports_forward = cpu::supports_forward,
     .forward = cpu::forward,
+    .supports_backward = cpu::supports_backward,
+    .backward = cpu::backward,
     .supports_merge = supports_merge,
     .merge = cpu::merge,
     .supports_append = cpu::supports_append,

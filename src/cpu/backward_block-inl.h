@@ -1,0 +1,148 @@
+// cpu/backward_block-inl.h: what one panel of queries and one block of keys give each other:
+//   P = 2^(S − lse2)    dV += (P∘F)ᵀ·dO    dS = P∘(F∘dO·Vᵀ − delta)    dK += dSᵀ·Q    dQ += dS·K
+// Scores, weights and their gradients are held transposed, (key, query), queries along the lanes.
+#if defined(ONEPASS_CPU_BACKWARD_BLOCK_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ONEPASS_CPU_BACKWARD_BLOCK_INL_H_
+#undef ONEPASS_CPU_BACKWARD_BLOCK_INL_H_
+#else
+#define ONEPASS_CPU_BACKWARD_BLOCK_INL_H_
+#endif
+
+#include "core/sequence.h"
+#include "cpu/backward_products-inl.h"
+#include "cpu/backward_score-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace onepass::cpu::HWY_NAMESPACE {
+namespace {
+
+// Up to kPanel queries of one head. "Lanes" arrays are (dim, kPanel), "rows" arrays strips (see strip_offset).
+struct QueryPanel {
+  std::int64_t first = 0;  // query of lane 0
+  std::int64_t count = 0;
+  std::int64_t width = 0;  // count, rounded up to whole vectors; lanes past count are zero
+  bool finite = true;      // no NaN or Inf in q and dout
+  Lanes lanes;
+  float* q_lanes;  // times the factor that makes S a logit of base 2, or q·k's sign where there are score terms
+  float* dout_lanes;
+  float* q_rows;
+  float* dout_rows;
+  float* dq;     // lanes: the sum so far
+  float* lse2;   // log2 of the denominator; +inf in rows without a key
+  float* delta;  // rowsum(dO∘O)
+};
+
+// Up to kBlock keys of one key head as floats, and their rows of the sums dK and dV.
+struct KeyBlock {
+  std::int64_t first = 0;
+  std::int64_t count = 0;
+  bool finite = true;  // no NaN or Inf in k
+  Broadcast k, v;
+  float* dk;
+  float* dv;
+  std::int64_t dk_stride, dv_stride;
+
+  // The keys within [begin, end).
+  KeyBlock part(std::int64_t begin, std::int64_t end) const {
+    const std::int64_t skipped = std::max<std::int64_t>(begin - first, 0);
+    KeyBlock rest = *this;
+    rest.first += skipped;
+    rest.count = std::min(first + count, end) - rest.first;
+    rest.k.data += skipped * k.stride;
+    rest.v.data += skipped * v.stride;
+    rest.dk += skipped * dk_stride;
+    rest.dv += skipped * dv_stride;
+    return rest;
+  }
+};
+
+// The lanes of `panel` that see key block.first + row, hidden ends of the sequence apart.
+inline Band band_of(const Problem& problem, const Sequence& sequence, const QueryPanel& panel, const KeyBlock& block) {
+  Band band = Band::whole(panel.count);
+  const std::int64_t offset = block.first - sequence.diagonal - panel.first;
+  if (problem.window_right != kUnbounded) band.begin_offset = offset - problem.window_right;
+  if (problem.window_left != kUnbounded) band.end_offset = offset + problem.window_left + 1;
+  return band;
+}
+
+// Sums one visible pair at a time. A hidden weight is 0, but 0·NaN is not: where a block that is only partly visible
+// meets a NaN or an Inf, hidden pairs must not be multiplied at all.
+HWY_NOINLINE void add_visible_to_keys(const float* scores, std::int64_t width, std::int64_t keys, const Band& band,
+                                      const float* rows, std::int64_t dim, float* sums, std::int64_t sums_stride) {
+  for (std::int64_t key = 0; key < keys; ++key) {
+    for (std::int64_t query = band.begin(key); query < band.end(key); ++query) {
+      const float score = scores[key * width + query];
+      for (std::int64_t d = 0; d < dim; ++d) sums[key * sums_stride + d] += score * rows[strip_offset(query, d)];
+    }
+  }
+}
+HWY_NOINLINE void add_visible_to_queries(const float* scores, std::int64_t width, std::int64_t keys, const Band& band,
+                                         Broadcast k, std::int64_t dim, float* dq) {
+  for (std::int64_t key = 0; key < keys; ++key) {
+    for (std::int64_t query = band.begin(key); query < band.end(key); ++query) {
+      const float score = scores[key * width + query];
+      for (std::int64_t d = 0; d < dim; ++d) dq[d * kPanel + query] += score * k.data[key * k.stride + d];
+    }
+  }
+}
+
+// sums(key, :) += Σ_query scores(key, query)·rows(query, :).
+inline void add_to_keys(const float* scores, std::int64_t width, std::int64_t keys, const Band& band, const float* rows,
+                        std::int64_t dim, float* sums, std::int64_t sums_stride) {
+  for (std::int64_t column = 0; column < dim; column += kStrip) {
+    multiply<true>(keys, padded(std::min(dim - column, kStrip)), {scores, width}, rows + strip_offset(0, column),
+                   kStrip, band, sums + column, sums_stride, Accumulate{});
+  }
+}
+
+// Tiles of (kBlock, kPanel), held by one worker; null where the problem has no use for them.
+struct TileMemory {
+  float* weights;  // then their gradients, in place
+  float* kept;     // weights that survive dropout; kDropoutMargin rows before it are writable
+  float* slopes;   // softcap's derivative
+  float* staging;  // of bias, see bias_staging_size
+};
+
+inline void backward_block(const Problem& problem, const ScoreTerms& terms, const Band& band, const QueryPanel& panel,
+                           const KeyBlock& block, const BiasGradient& dbias, const TileMemory& memory) {
+  const bool partial = !panel.lanes.sees_all(block.first, block.count);
+  const bool pairwise = partial && !(panel.finite && block.finite);
+  const auto to_keys = pairwise ? add_visible_to_keys : add_to_keys;
+  const bool dropout = problem.dropout_p > 0;
+  const std::int64_t keys = block.count, width = panel.width;
+  const Band all_k = Band::whole(problem.head_dim), all_v = Band::whole(problem.head_dim_v);
+  const ScoreTile tile{memory.weights, width, block.first, keys};
+
+  if (terms.any()) {
+    multiply<true>(keys, width, block.k, panel.q_lanes, kPanel, all_k, tile.scores, width, Assign{});
+    weigh_terms(problem, terms, tile, panel.lanes, panel.lse2, memory.slopes, memory.staging);
+  } else {
+    multiply<true>(keys, width, block.k, panel.q_lanes, kPanel, all_k, tile.scores, width, ToWeights{panel.lse2});
+  }
+  if (partial) hide(tile, panel.lanes);
+  if (dropout) keep_survivors(problem, tile, panel.lanes, memory.kept);
+  to_keys(dropout ? memory.kept : tile.scores, width, keys, band, panel.dout_rows, problem.head_dim_v, block.dv,
+          block.dv_stride);
+
+  if (dropout) {
+    const auto survival = static_cast<float>(1.0 / (1.0 - problem.dropout_p));
+    multiply<true>(keys, width, block.v, panel.dout_lanes, kPanel, all_v, tile.scores, width,
+                   ToDroppedScoreGradients{panel.delta, tile.scores, memory.kept, survival});
+  } else {
+    multiply<true>(keys, width, block.v, panel.dout_lanes, kPanel, all_v, tile.scores, width,
+                   ToScoreGradients{panel.delta});
+  }
+  if (partial) hide(tile, panel.lanes);
+  dbias.add(tile, panel.first, panel.count, memory.staging);
+  if (terms.softcap > 0) multiply_by(tile, memory.slopes);
+  to_keys(tile.scores, width, keys, band, panel.q_rows, problem.head_dim, block.dk, block.dk_stride);
+  if (pairwise) return add_visible_to_queries(tile.scores, width, keys, band, block.k, problem.head_dim, panel.dq);
+  multiply<false>(problem.head_dim, width, block.k, tile.scores, width, Band::whole(keys), panel.dq, kPanel,
+                  Accumulate{});
+}
+
+}  // namespace
+}  // namespace onepass::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

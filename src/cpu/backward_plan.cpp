@@ -1,0 +1,158 @@
+#include "cpu/backward_plan.h"
+
+#include <algorithm>
+
+#include "core/sequence.h"
+#include "cpu/workers.h"
+
+namespace onepass::cpu {
+namespace {
+
+// Tasks a thread that even out unequal ones.
+constexpr std::int64_t kTasksPerWorker = 4;
+// Chunks that keep packing and the clearing of sums below a few percent.
+constexpr std::int64_t kMinChunk = 256;
+
+// Axes along which cells of grids add to one element of dbias. Cells are in sequence along one axis at a time, so with
+// two or more only whole units, one after the other, keep the order of the addends.
+struct BiasSharing {
+  bool units, rows, columns;
+
+  explicit BiasSharing(const BackwardProblem& problem) {
+    const Problem& f = problem.forward;
+    const BiasOperand& b = problem.dbias;
+    const bool given = static_cast<bool>(b), all_heads = given && b.head_stride == 0 && f.num_heads > 1;
+    units = given && ((b.batch_stride == 0 && f.batch > 1) || (all_heads && f.num_heads_kv > 1));
+    rows = given && ((b.query_stride == 0 && f.seqlen_q > 1) || (all_heads && f.group_size() > 1));
+    columns = given && b.key_stride == 0 && f.seqlen_k > 1;
+  }
+  bool can_split() const { return units + rows + columns <= 1; }
+};
+
+double flops(const Problem& problem, const BackwardUnit& unit) {
+  const Sequence& s = unit.sequence;
+  double keys = static_cast<double>(s.seqlen_k);
+  if (problem.window_right != kUnbounded && problem.window_left != kUnbounded) {
+    keys = std::min(keys, static_cast<double>(problem.window_left + problem.window_right + 1));
+  }
+  return static_cast<double>(problem.group_size() * s.seqlen_q) * keys *
+         static_cast<double>(6 * problem.head_dim + 4 * problem.head_dim_v);
+}
+
+}  // namespace
+
+BackwardPlan::BackwardPlan(const BackwardProblem& problem, int concurrency) : problem_(problem) {
+  const Problem& f = problem.forward;
+  double total = 0;
+  for (std::int64_t batch = 0; batch < f.batch; ++batch) {
+    const Sequence sequence = sequence_of(f, batch);
+    for (std::int64_t head = 0; head < f.num_heads_kv; ++head) {
+      units_.push_back({.batch = batch, .head_kv = head, .sequence = sequence});
+      total += flops(f, units_.back());
+    }
+  }
+  if (total < kSerialFlops) return;
+  if (f.ragged()) {  // the heaviest first
+    std::stable_sort(units_.begin(), units_.end(),
+                     [&](const BackwardUnit& a, const BackwardUnit& b) { return flops(f, a) > flops(f, b); });
+  }
+  choose_split(concurrency);
+}
+
+void BackwardPlan::choose_split(int concurrency) {
+  const Problem& f = problem_.forward;
+  const auto units = static_cast<std::int64_t>(units_.size());
+  const BiasSharing sharing(problem_);
+  const bool balanced = !f.ragged() && units % concurrency == 0 && !sharing.units;
+  const bool enough = units >= kTasksPerWorker * concurrency && !sharing.units;
+  split_ = concurrency > 1 && !balanced && !enough && sharing.can_split();
+  workers_ = split_ ? concurrency : std::min<std::int64_t>(units, concurrency);
+  if (!split_) return;
+  const std::int64_t wanted = (kTasksPerWorker * concurrency + units - 1) / units;  // cells of an anti-diagonal
+  const std::int64_t chunks = (wanted + f.group_size() - 1) / f.group_size();
+  query_chunk_ = std::max(kMinChunk, round_up((f.seqlen_q + chunks - 1) / chunks, kPanel));
+  key_chunk_ = std::max(kMinChunk, round_up((f.seqlen_k + wanted - 1) / wanted, kBlock));
+  place_sums();
+}
+
+void BackwardPlan::place_sums() {
+  const Problem& f = problem_.forward;
+  const auto take = [&](std::int64_t floats) {
+    const std::int64_t offset = shared_floats_;
+    shared_floats_ += round_up(floats, Arena::kAlignment / sizeof(float));
+    return offset;
+  };
+  for (BackwardUnit& unit : units_) {
+    unit.dk = take(unit.sequence.seqlen_k * sum_stride(f.head_dim));
+    unit.dv = take(unit.sequence.seqlen_k * sum_stride(f.head_dim_v));
+    unit.dq = take(f.group_size() * round_up(unit.sequence.seqlen_q, kPanel) * sum_stride(f.head_dim));
+  }
+}
+
+std::int64_t BackwardPlan::query_chunks(const BackwardUnit& unit) const {
+  return std::max<std::int64_t>(1, (unit.sequence.seqlen_q + query_chunk_ - 1) / query_chunk_);
+}
+
+std::int64_t BackwardPlan::key_chunks(const BackwardUnit& unit) const {
+  return std::max<std::int64_t>(1, (unit.sequence.seqlen_k + key_chunk_ - 1) / key_chunk_);
+}
+
+std::vector<Grid> BackwardPlan::grids() const {
+  const Problem& f = problem_.forward;
+  const BiasOperand& dbias = problem_.dbias;
+  std::vector<Grid> grids;
+  std::vector<std::int64_t> last(BiasSharing(problem_).units ? f.batch * f.num_heads_kv : 0, -1);
+  for (const BackwardUnit& unit : units_) {
+    Grid grid;
+    if (split_) grid = {.rows = f.group_size() * query_chunks(unit), .columns = key_chunks(unit)};
+    if (!last.empty()) {
+      const std::int64_t batch = dbias.batch_stride == 0 ? 0 : unit.batch;
+      std::int64_t& predecessor = last[batch * f.num_heads_kv + (dbias.head_stride == 0 ? 0 : unit.head_kv)];
+      grid.after = predecessor;
+      predecessor = static_cast<std::int64_t>(grids.size());
+    }
+    grids.push_back(grid);
+  }
+  return grids;
+}
+
+std::int64_t BackwardPlan::worker_floats() const {
+  const Problem& f = problem_.forward;
+  return split_ ? 0 : f.seqlen_k * (sum_stride(f.head_dim) + sum_stride(f.head_dim_v));
+}
+
+BackwardTask BackwardPlan::head_task(const BackwardUnit& unit, std::int64_t head_in_group, float* own) const {
+  const Problem& f = problem_.forward;
+  return {.batch = unit.batch,
+          .head = unit.head_kv * f.group_size() + head_in_group,
+          .sequence = unit.sequence,
+          .query_end = unit.sequence.seqlen_q,
+          .key_end = unit.sequence.seqlen_k,
+          .first_queries = head_in_group == 0,
+          .last_queries = head_in_group == f.group_size() - 1,
+          .dk = own,
+          .dv = own + f.seqlen_k * sum_stride(f.head_dim)};
+}
+
+BackwardTask BackwardPlan::cell_task(const BackwardUnit& unit, const Cell& cell, float* shared) const {
+  const Problem& f = problem_.forward;
+  const std::int64_t rows = query_chunks(unit), columns = key_chunks(unit);
+  const std::int64_t head_in_group = cell.row / rows, chunk = cell.row % rows;
+  const std::int64_t seqlen_q = unit.sequence.seqlen_q, seqlen_k = unit.sequence.seqlen_k;
+  return {.batch = unit.batch,
+          .head = unit.head_kv * f.group_size() + head_in_group,
+          .sequence = unit.sequence,
+          .query_begin = chunk * query_chunk_,
+          .query_end = std::min(seqlen_q, (chunk + 1) * query_chunk_),
+          .key_begin = cell.column * key_chunk_,
+          .key_end = std::min(seqlen_k, (cell.column + 1) * key_chunk_),
+          .first_queries = cell.row == 0,
+          .last_queries = cell.row == f.group_size() * rows - 1,
+          .first_keys = cell.column == 0,
+          .last_keys = cell.column == columns - 1,
+          .dk = shared + unit.dk,
+          .dv = shared + unit.dv,
+          .dq = shared + unit.dq + head_in_group * round_up(seqlen_q, kPanel) * sum_stride(f.head_dim)};
+}
+
+}  // namespace onepass::cpu

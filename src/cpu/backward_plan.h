@@ -1,0 +1,60 @@
+// cpu/backward_plan.h: how a backward pass is cut into tasks, and the memory that they share.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/backward_task.h"
+#include "cpu/grid_schedule.h"
+
+namespace onepass::cpu {
+
+// All query heads of one key head of one sequence: they add to the same dK and dV.
+struct BackwardUnit {
+  std::int64_t batch = 0, head_kv = 0;
+  Sequence sequence;
+  // Offsets, in floats, of the unit's sums in the shared workspace (split plans only).
+  std::int64_t dk = 0, dv = 0, dq = 0;
+};
+
+// A unit is one task when there are enough of them. Otherwise it is cut into a grid, rows of (head, chunk of queries)
+// and columns of chunks of keys, whose cells run in the order that keeps every sum's addends in sequence: neither the
+// cut nor the number of threads shows in the result.
+class BackwardPlan {
+ public:
+  BackwardPlan(const BackwardProblem& problem, int concurrency);
+
+  const std::vector<BackwardUnit>& units() const { return units_; }
+  std::vector<Grid> grids() const;
+  std::int64_t workers() const { return workers_; }
+
+  // Floats: sums that all workers share, and those that one worker needs for itself.
+  std::int64_t shared_floats() const { return shared_floats_; }
+  std::int64_t worker_floats() const;
+
+  // Calls run(task) for the tasks of one cell, in order. `shared` holds shared_floats(), `own` worker_floats().
+  template <class Run>
+  void for_each_task(const Cell& cell, float* shared, float* own, const Run& run) const {
+    const BackwardUnit& unit = units_[cell.grid];
+    if (split_) return run(cell_task(unit, cell, shared));
+    const std::int64_t group = problem_.forward.group_size();
+    for (std::int64_t i = 0; i < group; ++i) run(head_task(unit, i, own));
+  }
+
+ private:
+  std::int64_t query_chunks(const BackwardUnit& unit) const;
+  std::int64_t key_chunks(const BackwardUnit& unit) const;
+  void choose_split(int concurrency);
+  void place_sums();
+  BackwardTask head_task(const BackwardUnit& unit, std::int64_t head_in_group, float* own) const;
+  BackwardTask cell_task(const BackwardUnit& unit, const Cell& cell, float* shared) const;
+
+  const BackwardProblem& problem_;
+  std::vector<BackwardUnit> units_;
+  std::int64_t workers_ = 1;
+  bool split_ = false;
+  std::int64_t query_chunk_ = 0, key_chunk_ = 0;
+  std::int64_t shared_floats_ = 0;
+};
+
+}  // namespace onepass::cpu
