@@ -4,7 +4,6 @@
 #include <cstring>
 #include <vector>
 
-#include "core/half.h"
 #include "core/parallel.h"
 #include "cpu/backward_kernels.h"
 #include "cpu/backward_plan.h"
@@ -15,7 +14,6 @@ namespace {
 
 // The workspace: O(seqlen), see docs/cpu-backward.md.
 struct Memory {
-  float* deltas;       // (num_heads, total_q)
   float* shared_sums;  // of a split plan
   std::vector<float*> worker_sums;
   std::vector<void*> scratch;
@@ -24,7 +22,6 @@ struct Memory {
   Memory(const BackwardProblem& problem, const BackwardPlan& plan, Arena arena) {
     const Problem& f = problem.forward;
     const auto scratch_bytes = static_cast<std::int64_t>(BackwardScratch::bytes(f));
-    deltas = arena.take<float>(f.num_heads * f.total_q);
     shared_sums = arena.take<float>(plan.shared_floats());
     for (std::int64_t worker = 0; worker < plan.workers(); ++worker) {
       worker_sums.push_back(arena.take<float>(plan.worker_floats()));
@@ -33,25 +30,6 @@ struct Memory {
     bytes = arena.used();
   }
 };
-
-constexpr std::int64_t kDeltaChunk = 512;  // queries of one task
-
-// delta = rowsum(dO∘O) of every query, (num_heads, total_q) floats at `block`.
-RowVector compute_deltas(const BackwardProblem& problem, const BackwardKernels& kernels,
-                         const ExecutionContext& context, float* block) {
-  const Problem& f = problem.forward;
-  const std::int64_t tokens = f.ragged() ? f.total_q : f.seqlen_q;
-  const RowVector delta{.data = block, .batch_stride = f.ragged() ? 0 : tokens, .head_stride = f.total_q};
-  const std::int64_t chunks = (tokens + kDeltaChunk - 1) / kDeltaChunk,
-                     planes = (f.ragged() ? 1 : f.batch) * f.num_heads;
-  const double flops = 2.0 * static_cast<double>(f.total_q * f.num_heads * f.head_dim_v);
-  run_tasks(context, planes * chunks, flops, 0, [&](std::int64_t index, std::byte*) {
-    const std::int64_t plane = index / chunks, begin = index % chunks * kDeltaChunk;
-    kernels.deltas(problem, delta, plane / f.num_heads, plane % f.num_heads, begin,
-                   std::min(begin + kDeltaChunk, tokens));
-  });
-  return delta;
-}
 
 // Rows of ragged tensors that belong to no sequence get no gradient.
 void clear_unowned(const Operand& gradient, std::int64_t element_size, std::int64_t heads, std::int64_t dim,
@@ -78,9 +56,7 @@ void clear_bias_gradient(const BackwardProblem& problem) {
   const Problem& f = problem.forward;
   const BiasOperand& b = problem.dbias;
   if (!b) return;
-  const auto stored = [](std::int64_t stride, std::int64_t size) {
-    return stride == 0 ? std::min<std::int64_t>(1, size) : size;
-  };
+  const auto stored = [](std::int64_t stride, std::int64_t size) { return stride == 0 ? 1 : size; };
   const std::int64_t batches = stored(b.batch_stride, f.batch), heads = stored(b.head_stride, f.num_heads);
   const std::int64_t rows = stored(b.query_stride, f.seqlen_q), columns = stored(b.key_stride, f.seqlen_k);
   for (std::int64_t plane = 0; plane < batches * heads; ++plane) {
@@ -88,25 +64,6 @@ void clear_bias_gradient(const BackwardProblem& problem) {
     for (std::int64_t i = 0; i < rows; ++i) {
       for (std::int64_t j = 0; j < columns; ++j) at[i * b.query_stride + j * b.key_stride] = 0.0f;
     }
-  }
-}
-
-// A sink's weight multiplies no value: dsink = −Σ exp(sink − lse)·delta over the head's queries.
-void sink_gradients(const BackwardProblem& problem, const RowVector& delta) {
-  const Problem& f = problem.forward;
-  if (problem.dsinks == nullptr) return;
-  const std::int64_t batches = f.ragged() ? 1 : f.batch, tokens = f.ragged() ? f.total_q : f.seqlen_q;
-  for (std::int64_t head = 0; head < f.num_heads; ++head) {
-    double sink = 0.0, sum = 0.0;
-    with_float_type(f.sinks_dtype, [&]<class S>(S) { sink = to_float(static_cast<const S*>(f.sinks)[head]); });
-    for (std::int64_t batch = 0; batch < batches; ++batch) {
-      for (std::int64_t i = 0; i < tokens; ++i) {
-        const double lse = f.lse.at<float>(batch, head, i);
-        if (std::isinf(lse) && lse < 0) continue;
-        sum -= std::exp(sink - lse) * delta.at<float>(batch, head, i);
-      }
-    }
-    static_cast<float*>(problem.dsinks)[head] = static_cast<float>(sum);
   }
 }
 
@@ -127,15 +84,17 @@ void backward(const BackwardProblem& problem, const ExecutionContext& context) {
   const Workspace workspace(context, f.device, measure.bytes);
   const Memory memory(problem, plan, Arena(workspace.as<std::byte>()));
 
-  const RowVector delta = compute_deltas(problem, kernels, context, memory.deltas);
   clear_unowned(problem);
   clear_bias_gradient(problem);
-  sink_gradients(problem, delta);
+  if (problem.dsinks != nullptr) {
+    const double flops = 2.0 * static_cast<double>(f.total_q * f.num_heads * f.head_dim_v);
+    run_tasks(context, f.num_heads, flops, 0,
+              [&](std::int64_t head, std::byte*) { kernels.sink_gradient(problem, head); });
+  }
   run_grids(plan.grids(), plan.workers(), executor, [&](const Cell& cell, std::int64_t worker) {
     const FlushDenormals guard;
-    plan.for_each_task(cell, memory.shared_sums, memory.worker_sums[worker], [&](const BackwardTask& task) {
-      kernels.rectangle(problem, delta, task, memory.scratch[worker]);
-    });
+    plan.for_each_task(cell, memory.shared_sums, memory.worker_sums[worker],
+                       [&](const BackwardTask& task) { kernels.rectangle(problem, task, memory.scratch[worker]); });
   });
 }
 

@@ -1,5 +1,5 @@
 // cpu/backward_block-inl.h: what one panel of queries and one block of keys give each other:
-//   P = 2^(S − lse2)    dV += (P∘F)ᵀ·dO    dS = P∘(F∘dO·Vᵀ − delta)    dK += dSᵀ·Q    dQ += dS·K
+//   P = e^(S − lse)    dV += (P∘F)ᵀ·dO    dS = P∘(F∘dO·Vᵀ − delta)    dK += dSᵀ·Q    dQ += dS·K
 // Scores, weights and their gradients are held transposed, (key, query), queries along the lanes.
 #if defined(ONEPASS_CPU_BACKWARD_BLOCK_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef ONEPASS_CPU_BACKWARD_BLOCK_INL_H_
@@ -23,12 +23,12 @@ struct QueryPanel {
   std::int64_t width = 0;  // count, rounded up to whole vectors; lanes past count are zero
   bool finite = true;      // no NaN or Inf in q and dout
   Lanes lanes;
-  float* q_lanes;  // times the factor that makes S a logit of base 2, or q·k's sign where there are score terms
+  float* q_lanes;
   float* dout_lanes;
   float* q_rows;
   float* dout_rows;
   float* dq;     // lanes: the sum so far
-  float* lse2;   // log2 of the denominator; +inf in rows without a key
+  float* lse;    // +inf in rows without a key, whose weights then are 0
   float* delta;  // rowsum(dO∘O)
 };
 
@@ -115,9 +115,10 @@ inline void backward_block(const Problem& problem, const ScoreTerms& terms, cons
 
   if (terms.any()) {
     multiply<true>(keys, width, block.k, panel.q_lanes, kPanel, all_k, tile.scores, width, Assign{});
-    weigh_terms(problem, terms, tile, panel.lanes, panel.lse2, memory.slopes, memory.staging);
+    weigh_terms(problem, terms, tile, panel.lanes, panel.lse, memory.slopes, memory.staging);
   } else {
-    multiply<true>(keys, width, block.k, panel.q_lanes, kPanel, all_k, tile.scores, width, ToWeights{panel.lse2});
+    multiply<true>(keys, width, block.k, panel.q_lanes, kPanel, all_k, tile.scores, width,
+                   ToWeights{problem.softmax_scale, panel.lse});
   }
   if (partial) hide(tile, panel.lanes);
   if (dropout) keep_survivors(problem, tile, panel.lanes, memory.kept);

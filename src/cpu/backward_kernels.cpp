@@ -11,6 +11,7 @@
 #include <hwy/highway.h>
 
 #include "cpu/backward_block-inl.h"
+#include "cpu/backward_pack-inl.h"
 #include "cpu/isa.h"
 #include "cpu/transpose-inl.h"
 
@@ -18,36 +19,11 @@ HWY_BEFORE_NAMESPACE();
 namespace onepass::cpu::HWY_NAMESPACE {
 namespace {
 
-inline bool all_finite(const float* rows, std::int64_t stride, std::int64_t count, std::int64_t columns) {
-  const FloatTag f;
-  Floats sum = hn::Zero(f);  // x·0 is NaN for NaN and ±Inf
-  for (std::int64_t r = 0; r < count; ++r) {
-    for (std::int64_t c = 0; c < columns; c += lane_count()) {
-      sum = hn::MulAdd(hn::Load(f, rows + r * stride + c), hn::Zero(f), sum);
-    }
-  }
-  return hn::AllFalse(f, hn::IsNaN(sum));
-}
-
-// rows (count, dim) with zeros up to whole vectors.
-template <class T>
-void load_rows(const T* src, std::int64_t src_stride, std::int64_t count, std::int64_t dim, float* dst,
-               std::int64_t stride) {
-  convert_rows(src, src_stride, count, dim, dst, stride);
-  for (std::int64_t r = 0; r < count; ++r) std::fill(dst + r * stride + dim, dst + r * stride + padded(dim), 0.0f);
-}
-
 template <class T>
 class Rectangle {
  public:
-  Rectangle(const BackwardProblem& problem, const RowVector& delta, const BackwardTask& task, void* scratch)
-      : problem_(problem),
-        f_(problem.forward),
-        delta_(delta),
-        task_(task),
-        arena_(scratch),
-        scratch_(f_, arena_),
-        terms_(f_) {
+  Rectangle(const BackwardProblem& problem, const BackwardTask& task, void* scratch)
+      : problem_(problem), f_(problem.forward), task_(task), arena_(scratch), scratch_(f_, arena_), terms_(f_) {
     std::fill_n(scratch_.scale, kPanel, f_.softmax_scale);
   }
 
@@ -91,35 +67,12 @@ class Rectangle {
     store_row(sums, dim, row);
   }
 
-  // Rows of q or dout as strips and as lanes.
-  bool pack(const Operand& operand, const QueryPanel& panel, std::int64_t dim, float factor, float* rows,
-            float* lanes) {
-    for (std::int64_t column = 0; column < dim; column += kStrip) {
-      float* const strip = rows + strip_offset(0, column);
-      const std::int64_t width = std::min(dim - column, kStrip);
-      load_rows(query_row(operand, panel.first) + column, operand.token_stride, panel.count, width, strip, kStrip);
-      for (std::int64_t i = 0; i < panel.count; ++i) {
-        if (panel.lse2[i] == kInfinity) std::fill_n(strip + i * kStrip, padded(width), 0.0f);
-      }
-      std::fill(strip + panel.count * kStrip, strip + panel.width * kStrip, 0.0f);
-      for (std::int64_t d = 0; d < width; d += lane_count()) {
-        for (std::int64_t i = 0; i < panel.width; i += lane_count()) {
-          transpose_square(strip + i * kStrip + d, kStrip, lanes + (column + d) * kPanel + i, kPanel);
-        }
-      }
-    }
-    bool finite = true;
-    for (std::int64_t column = 0; column < dim; column += kStrip) {
-      finite = finite &&
-               all_finite(rows + strip_offset(0, column), kStrip, panel.count, padded(std::min(dim - column, kStrip)));
-    }
-    if (factor != 1.0f) {
-      const Floats factors = hn::Set(FloatTag(), factor);
-      for (std::int64_t at = 0; at < dim * kPanel; at += lane_count()) {
-        store_floats(hn::Mul(load_floats(lanes + at), factors), lanes + at);
-      }
-    }
-    return finite;
+  float lse(std::int64_t i) const { return f_.lse.at<float>(task_.batch, task_.head, task_.sequence.query_start + i); }
+
+  void load_queries(const Operand& operand, const QueryPanel& panel, std::int64_t dim, float* rows) const {
+    load_strips(
+        query_row(operand, panel.first), operand.token_stride, panel.count, dim,
+        [&](std::int64_t i) { return lse(panel.first + i) == -kInfinity; }, rows);
   }
 
   QueryPanel pack_panel_of(std::int64_t query, std::int64_t count, const BackwardScratch::Panel& memory) {
@@ -132,21 +85,29 @@ class Rectangle {
                      .q_rows = memory.q_rows,
                      .dout_rows = memory.dout_rows,
                      .dq = memory.dq,
-                     .lse2 = memory.lse2,
+                     .lse = memory.lse,
                      .delta = memory.delta};
     if (task_.dq != nullptr) panel.dq = task_.dq + query * sum_stride(f_.head_dim);
     if (task_.first_keys) std::fill_n(panel.dq, sum_stride(f_.head_dim) * kPanel, 0.0f);
     for (std::int64_t i = 0; i < panel.width; ++i) {
-      const std::int64_t token = task_.sequence.query_start + query + i;
-      const float lse = i < count ? f_.lse.at<float>(task_.batch, task_.head, token) : -kInfinity;
-      panel.lse2[i] = lse == -kInfinity ? kInfinity : lse * kLog2E;
-      panel.delta[i] = i < count ? delta_.at<float>(task_.batch, task_.head, token) : 0.0f;
+      panel.lse[i] = i < count ? lse(query + i) : -kInfinity;
+      if (panel.lse[i] == -kInfinity) panel.lse[i] = kInfinity;
     }
     panel.lanes.set(f_, {task_.batch, head_kv(), task_.head, 1, task_.sequence}, query, count, panel.width);
-    const float factor = terms_.any() ? terms_.query_factor : f_.softmax_scale * kLog2E;
-    const bool q_finite = pack(f_.q, panel, f_.head_dim, factor, panel.q_rows, panel.q_lanes);
-    const bool dout_finite = pack(problem_.dout, panel, f_.head_dim_v, 1.0f, panel.dout_rows, panel.dout_lanes);
-    panel.finite = q_finite && dout_finite;
+
+    load_queries(problem_.dout, panel, f_.head_dim_v, panel.dout_rows);
+    strips_to_lanes(panel.dout_rows, panel.width, f_.head_dim_v, 1.0f, panel.dout_lanes);
+    float* const out_rows = panel.q_rows;  // until q comes
+    float* const out_lanes = panel.q_lanes;
+    load_queries(f_.out, panel, f_.head_dim_v, out_rows);
+    strips_to_lanes(out_rows, panel.width, f_.head_dim_v, 1.0f, out_lanes);
+    lane_products(out_lanes, panel.dout_lanes, panel.width, f_.head_dim_v, panel.delta);
+
+    load_queries(f_.q, panel, f_.head_dim, panel.q_rows);
+    const float factor = terms_.any() ? terms_.query_factor : 1.0f;
+    strips_to_lanes(panel.q_rows, panel.width, f_.head_dim, factor, panel.q_lanes);
+    panel.finite =
+        strips_finite(panel.q_rows, count, f_.head_dim) && strips_finite(panel.dout_rows, count, f_.head_dim_v);
     return panel;
   }
 
@@ -203,7 +164,6 @@ class Rectangle {
 
   const BackwardProblem& problem_;
   const Problem& f_;
-  const RowVector& delta_;
   const BackwardTask& task_;
   Arena arena_;
   BackwardScratch scratch_;
@@ -211,8 +171,8 @@ class Rectangle {
 };
 
 template <class T>
-void rectangle(const BackwardProblem& problem, const RowVector& delta, const BackwardTask& task, void* scratch) {
-  Rectangle<T>(problem, delta, task, scratch).run();
+void rectangle(const BackwardProblem& problem, const BackwardTask& task, void* scratch) {
+  Rectangle<T>(problem, task, scratch).run();
 }
 
 template <class T>
@@ -226,23 +186,29 @@ float dot(const T* a, const T* b, std::int64_t count) {
 }
 
 template <class T>
-void deltas(const BackwardProblem& problem, const RowVector& delta, std::int64_t batch, std::int64_t head,
-            std::int64_t begin, std::int64_t end) {
+void sink_gradient(const BackwardProblem& problem, std::int64_t head) {
   const Problem& f = problem.forward;
-  for (std::int64_t i = begin; i < end; ++i) {
-    const bool empty = f.lse.at<float>(batch, head, i) == -kInfinity;
-    delta.at<float>(batch, head, i) =
-        empty ? 0.0f : dot(problem.dout.row<T>(batch, head, i), f.out.row<T>(batch, head, i), f.head_dim_v);
+  double sink = 0.0, sum = 0.0;
+  with_float_type(f.sinks_dtype, [&]<class S>(S) { sink = to_float(static_cast<const S*>(f.sinks)[head]); });
+  for (std::int64_t batch = 0; batch < f.batch; ++batch) {
+    const Sequence sequence = sequence_of(f, batch);
+    for (std::int64_t i = sequence.query_start; i < sequence.query_start + sequence.seqlen_q; ++i) {
+      const float lse = f.lse.at<float>(batch, head, i);
+      if (lse == -kInfinity) continue;
+      const float delta = dot(problem.dout.row<T>(batch, head, i), f.out.row<T>(batch, head, i), f.head_dim_v);
+      sum -= std::exp(sink - lse) * delta;
+    }
   }
+  static_cast<float*>(problem.dsinks)[head] = static_cast<float>(sum);
 }
 
 }  // namespace
 
 BackwardKernels backward_kernels(DType dtype) {
   switch (dtype) {
-    case DType::kFloat16: return {deltas<Half>, rectangle<Half>};
-    case DType::kBFloat16: return {deltas<BFloat16>, rectangle<BFloat16>};
-    default: return {deltas<float>, rectangle<float>};
+    case DType::kFloat16: return {rectangle<Half>, sink_gradient<Half>};
+    case DType::kBFloat16: return {rectangle<BFloat16>, sink_gradient<BFloat16>};
+    default: return {rectangle<float>, sink_gradient<float>};
   }
 }
 

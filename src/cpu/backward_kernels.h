@@ -9,12 +9,10 @@
 namespace onepass::cpu {
 
 struct BackwardKernels {
-  // delta(query) = rowsum(dO∘O) for queries [begin, end) of one (batch, head), tokens counted from the batch's first;
-  // 0 in rows without a key.
-  void (*deltas)(const BackwardProblem& problem, const RowVector& delta, std::int64_t batch, std::int64_t head,
-                 std::int64_t begin, std::int64_t end);
   // Everything that the queries and keys of one task give each other.
-  void (*rectangle)(const BackwardProblem& problem, const RowVector& delta, const BackwardTask& task, void* scratch);
+  void (*rectangle)(const BackwardProblem& problem, const BackwardTask& task, void* scratch);
+  // A sink's weight multiplies no value: dsink = −Σ exp(sink − lse)·rowsum(dO∘O) over the head's queries.
+  void (*sink_gradient)(const BackwardProblem& problem, std::int64_t head);
 };
 
 BackwardKernels backward_kernels(DType dtype);

@@ -28,12 +28,16 @@ struct Assign {
   HWY_INLINE Floats finish(Floats sum, const float*, std::int64_t) const { return sum; }
 };
 
-// C = 2^(A·B − lse2): weights from logits of base 2.
+// C = e^(scale·A·B − lse): weights from products. The difference is taken in the unit of the logits and rounded once,
+// so that large logits lose no more than they must.
 struct ToWeights {
-  const float* lse2;  // by column
+  float scale;
+  const float* lse;  // by column
   HWY_INLINE Floats start(const float*) const { return hn::Zero(FloatTag()); }
   HWY_INLINE Floats finish(Floats sum, const float*, std::int64_t column) const {
-    return exp2_floats(hn::Sub(sum, hn::Load(FloatTag(), lse2 + column)));
+    const FloatTag f;
+    const Floats exponent = hn::MulSub(sum, hn::Set(f, scale), hn::Load(f, lse + column));
+    return exp2_floats(hn::Mul(exponent, hn::Set(f, 1.44269504088896341f)));
   }
 };
 

@@ -43,7 +43,7 @@ HWY_NOINLINE void multiply_by(const ScoreTile& tile, const float* factors) {
 
 // Products q·k → weights, where the logit has terms of its own. `slopes` receives softcap's derivative.
 inline void weigh_terms(const Problem& problem, const ScoreTerms& terms, const ScoreTile& tile, const Lanes& lanes,
-                        const float* lse2, float* slopes, float* bias_staging) {
+                        const float* lse, float* slopes, float* bias_staging) {
   scale_scores(tile, terms);
   if (terms.softcap > 0) softcap_slopes(tile, terms.softcap, slopes);
   if (terms.alibi) add_alibi(tile, terms, lanes);
@@ -56,8 +56,8 @@ inline void weigh_terms(const Problem& problem, const ScoreTerms& terms, const S
   }
   const FloatTag f;
   for_each_vector(tile, [&](float* at, std::int64_t, std::int64_t column) {
-    const Floats exponent = hn::MulSub(hn::Load(f, at), hn::Set(f, kLog2E), hn::Load(f, lse2 + column));
-    hn::Store(exp2_floats(exponent), f, at);
+    const Floats exponent = hn::Sub(hn::Load(f, at), hn::Load(f, lse + column));
+    hn::Store(exp2_floats(hn::Mul(exponent, hn::Set(f, kLog2E))), f, at);
   });
 }
 
@@ -98,17 +98,20 @@ class BiasGradient {
   }
 
  private:
-  // One value a key: the sum over the tile's queries.
+  // One value a key, or one for all: the sum over the tile's queries.
   HWY_NOINLINE void add_columns(const ScoreTile& tile, std::int64_t queries) const {
     const FloatTag f;
+    Floats sum = hn::Zero(f);
     for (std::int64_t row = 0; row < tile.keys; ++row) {
-      Floats sum = hn::Zero(f);
       for (std::int64_t column = 0; column < queries; column += lane_count()) {
         const auto used = hn::FirstN(f, static_cast<std::size_t>(std::min(queries - column, lane_count())));
         sum = hn::Add(sum, hn::IfThenElseZero(used, hn::Load(f, tile.scores + row * tile.width + column)));
       }
+      if (key_stride_ == 0) continue;
       plane_[(tile.first_key + row) * key_stride_] += hn::GetLane(hn::SumOfLanes(f, sum));
+      sum = hn::Zero(f);
     }
+    if (key_stride_ == 0) *plane_ += hn::GetLane(hn::SumOfLanes(f, sum));
   }
 
   HWY_NOINLINE void add_rows(const ScoreTile& tile, std::int64_t first_query, std::int64_t queries,

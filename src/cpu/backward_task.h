@@ -36,7 +36,7 @@ struct BackwardScratch {
   }
 
   struct Panel {
-    float *q_lanes, *dout_lanes, *q_rows, *dout_rows, *dq, *lse2, *delta;
+    float *q_lanes, *dout_lanes, *q_rows, *dout_rows, *dq, *lse, *delta;
     Lanes lanes = {};
   } panel[kMaxPanels];
   float *k, *v;                                   // (kBlock, row_stride(dim))
@@ -47,12 +47,12 @@ struct BackwardScratch {
   BackwardScratch(const Problem& problem, Arena& arena) {
     const std::int64_t dim = sum_stride(problem.head_dim), dim_v = sum_stride(problem.head_dim_v);
     for (std::int64_t i = 0; i < panels(problem.head_dim, problem.head_dim_v); ++i) {
-      panel[i] = {.q_lanes = arena.take<float>(dim * kPanel),
+      panel[i] = {.q_lanes = arena.take<float>(std::max(dim, dim_v) * kPanel),
                   .dout_lanes = arena.take<float>(dim_v * kPanel),
-                  .q_rows = arena.take<float>(strips_size(dim)),
+                  .q_rows = arena.take<float>(strips_size(std::max(dim, dim_v))),
                   .dout_rows = arena.take<float>(strips_size(dim_v)),
                   .dq = arena.take<float>(dim * kPanel),
-                  .lse2 = arena.take<float>(kPanel),
+                  .lse = arena.take<float>(kPanel),
                   .delta = arena.take<float>(kPanel)};
       panel[i].lanes.take(arena, problem, kPanel);
     }
