@@ -48,7 +48,12 @@ TEST_P(Edge, LeadingRowsOfCausalWithMoreQueriesThanKeys) {  // 3
   for (std::int64_t i = 0; i < 150; ++i) {
     EXPECT_EQ(results.lse[made.lse_at(0, 0, i)] == -kInfinity, i < 140) << i;
     EXPECT_EQ(results.out[made.query_row(0, 0, i) * 64] == 0.0, i < 140) << i;
-    EXPECT_EQ(results.dq[made.query_row(0, 0, i) * 64] == 0.0, i <= 140) << i;  // one key: no gradient
+    const double dq = results.dq[made.query_row(0, 0, i) * 64];
+    if (i == 140) {
+      EXPECT_NEAR(dq, 0.0, 1e-5);  // one key: no gradient, but for the rounding of out and lse
+    } else {
+      EXPECT_EQ(dq == 0.0, i < 140) << i;
+    }
   }
 }
 
