@@ -11,7 +11,7 @@ BENCH ?= suite
 
 python := .venv/bin/python
 onepass := PYTHONPATH=python $(python) -m onepass
-cmake_flags := -DPython_EXECUTABLE=$(CURDIR)/$(python) -DPython3_EXECUTABLE=$(CURDIR)/$(python)
+cmake_flags := -DPython_EXECUTABLE=$(CURDIR)/$(python)
 # The toolkit of the machine, or the one that tools/setup installs from PyPI when there is none.
 nvcc = $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc) \
   $(abspath $(wildcard .venv/lib/python3*/site-packages/nvidia/cu1*/bin/nvcc)))

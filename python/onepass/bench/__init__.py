@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         )
         sweep.set_defaults(run=_sweep, kind=kind)
     memory = _parser(kinds, "memory", "peak memory over sequence length, each call in a process of its own")
-    _add_shape(memory, dtypes=["float32"], seqlens=[512, 1024, 2048, 4096, 8192])
+    _add_shape(memory, dtypes=["float32"], seqlens=[256, 512, 1024, 2048, 4096])
     memory.add_argument(
         "--kind", choices=["prefill", "train"], default="train", help="forward, or forward and backward"
     )
