@@ -164,6 +164,7 @@ void forward_tier(const Problem& problem, const ExecutionContext& context) {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
+#include "cpu/few_rows.h"
 #include "cpu/forward.h"
 #include "cpu/isa.h"
 #include "cpu/total_attention.h"
@@ -198,7 +199,7 @@ Unsupported supports_forward(const Problem& problem) {
 }
 
 void forward(const Problem& problem, const ExecutionContext& context) {
-  const auto run = dispatch(HWY_DISPATCH_TABLE(forward_tier));
+  const auto run = has_few_rows(problem) ? forward_few_rows : dispatch(HWY_DISPATCH_TABLE(forward_tier));
   if (!problem.total_attention) {
     run(problem, context);
     return write_unowned(problem);
