@@ -9,10 +9,11 @@
 namespace onepass::cpu {
 namespace {
 
-constexpr std::int64_t kFewRows = 8;         // of one key/value head
-constexpr std::int64_t kManyKeys = 128;      // below, planning costs more than it gives
-constexpr std::int64_t kKeysPerPart = 1024;  // a function of the shape alone, so that threads do not change results
-constexpr std::int64_t kMaxParts = 8;
+constexpr std::int64_t kFewRows = 8;     // of one key/value head
+constexpr std::int64_t kManyKeys = 128;  // below, planning costs more than it gives
+// Keys are split by the shape alone, so that threads do not change results. Short parts also keep long sums accurate:
+// the decode kernel adds weights and weighted values in different orders.
+constexpr std::int64_t kKeysPerPart = 512;
 
 }  // namespace
 
@@ -28,7 +29,7 @@ void forward_few_rows(const Problem& problem, const ExecutionContext& context) {
                                     static_cast<std::int32_t>(problem.seqlen_k));
   CachedProblem cached_problem;
   cached_problem.attention = problem;
-  cached_problem.num_splits = std::clamp<std::int64_t>(problem.seqlen_k / kKeysPerPart, 1, kMaxParts);
+  cached_problem.num_splits = (problem.seqlen_k + kKeysPerPart - 1) / kKeysPerPart;
   KVStorage& cache = cached_problem.cache;
   cache.dtype = problem.dtype;
   cache.batch = cache.num_blocks = problem.batch;
