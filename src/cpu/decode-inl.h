@@ -23,8 +23,18 @@ namespace onepass::cpu::HWY_NAMESPACE {
 // Keys of a block; blocks begin at multiples of it in the sequence, so that a row's bits depend on nothing else.
 inline constexpr std::int64_t kDecodeKeys = 64;
 
-// Row stride of converted blocks: a constant, so that rows are addressed by displacement; odd in cache lines.
+// Rows that are converted at a time: few, so that they stay in L1 beside the rows fetched ahead.
+inline constexpr std::int64_t kConvertedKeys = 16, kConvertedValues = 32;
+
+// Row stride of converted rows: a constant, so that rows are addressed by displacement; odd in cache lines.
 inline constexpr std::int64_t kConvertedStride = 512 + 16;
+
+// How many keys ahead rows are fetched: about 8 KB, which is what latency times bandwidth of one core asks for.
+template <class T>
+HWY_INLINE std::int64_t keys_ahead(std::int64_t dim) {
+  const std::int64_t keys = 8192 / (dim * static_cast<std::int64_t>(sizeof(T)));
+  return keys < 8 ? 8 : keys > kDecodeKeys ? kDecodeKeys : keys;
+}
 
 // Accumulators of a tile: keys of the first product, rows × vectors of the second.
 #if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSSE3 || HWY_TARGET == HWY_SSE4
@@ -46,14 +56,14 @@ HWY_INLINE void add_partials(Floats* v) {
   }
 }
 
-// scores[key] for kDecodeKeys keys and one row, straight from storage; `next` are the rows that will be read next.
+// scores[key] for `keys` keys, a multiple of kConvertedKeys, and one row. next[key] is fetched ahead.
 template <class T>
-HWY_NOINLINE void score_one_row(const T* const* rows, const T* const* next, const float* HWY_RESTRICT q,
-                                std::int64_t dim, float* HWY_RESTRICT scores) {
+HWY_NOINLINE void score_one_row(const T* const* rows, const T* const* next, std::int64_t keys,
+                                const float* HWY_RESTRICT q, std::int64_t dim, float* HWY_RESTRICT scores) {
   const FloatTag f;
   constexpr int kVectors = Unpack<T>::kVectors;
   constexpr std::int64_t kChunk = kVectors * kLanes;
-  for (std::int64_t key = 0; key < kDecodeKeys; key += kLanes) {
+  for (std::int64_t key = 0; key < keys; key += kLanes) {
     Floats sums[kLanes];
     HWY_UNROLL(16)
     for (int i = 0; i < kLanes; ++i) sums[i] = hn::Zero(f);
@@ -92,13 +102,13 @@ HWY_INLINE Floats broadcast(const float* p) {
   }
 }
 
-// scores[key][row] for kDecodeKeys keys of a converted block.
+// scores[key][row] for kConvertedKeys converted keys.
 template <int kRows>
 HWY_NOINLINE void score_rows(const float* HWY_RESTRICT keys, const float* HWY_RESTRICT q, std::int64_t dim,
                              float* HWY_RESTRICT scores) {
   const FloatTag f;
   constexpr int kPartials = kLanes / kRows;
-  for (std::int64_t key = 0; key < kDecodeKeys; key += kAccumulators) {
+  for (std::int64_t key = 0; key < kConvertedKeys; key += kAccumulators) {
     const float* HWY_RESTRICT at = keys + key * kConvertedStride;
     Floats sums[kAccumulators];
     HWY_UNROLL(16)
@@ -116,7 +126,7 @@ HWY_NOINLINE void score_rows(const float* HWY_RESTRICT keys, const float* HWY_RE
   }
 }
 
-// The listed rows in storage order of Unpack, converted; `next` are the rows that will be read next.
+// The listed rows in storage order of Unpack, converted one behind the other. next[key] is fetched ahead.
 template <class T>
 HWY_NOINLINE void convert_block(const T* const* rows, const T* const* next, const std::int32_t* keys,
                                 std::int64_t count, std::int64_t dim, float* dst) {
@@ -125,7 +135,7 @@ HWY_NOINLINE void convert_block(const T* const* rows, const T* const* next, cons
   for (std::int64_t n = 0; n < count; ++n) {
     const std::int32_t key = keys[n];
     const T* HWY_RESTRICT row = rows[key];
-    float* HWY_RESTRICT to = dst + key * kConvertedStride;
+    float* HWY_RESTRICT to = dst + n * kConvertedStride;
     for (std::int64_t d = 0; d < dim; d += kVectors * kLanes) {
       Floats v[kVectors];
       Unpack<T>::load(row + d, v);

@@ -60,9 +60,10 @@ struct DecodeState {
   std::int32_t* end;
   std::int32_t* center;
   float* slope;
-  const void** k_rows[2];  // [key] of this and the next block
-  const void** v_rows[2];
-  std::int32_t* keys;  // [key]: those whose values count
+  const void** k_rows;  // [key] of this block, then of the next
+  const void** v_rows;
+  std::int32_t* keys;      // [key]: those whose values count
+  std::int32_t* all_keys;  // 0, 1, …
 
   // max_keys: of any task, when weights are dropped; else 0.
   void take(Arena& arena, const CachedProblem& problem, std::int64_t max_keys) {
@@ -74,16 +75,15 @@ struct DecodeState {
     out = arena.take<float>(v_positions * kLanes);
     for (float** lane : {&maximum, &sum, &rescale, &tile_maximum, &slope}) *lane = arena.take<float>(kLanes);
     for (std::int32_t** lane : {&begin, &end, &center}) *lane = arena.take<std::int32_t>(kLanes);
-    k_converted = arena.take<float>(kDecodeKeys * kConvertedStride);
-    v_converted = arena.take<float>(kDecodeKeys * kConvertedStride);
+    k_converted = arena.take<float>(kConvertedKeys * kConvertedStride);
+    v_converted = arena.take<float>(kConvertedValues * kConvertedStride);
     k_scales = arena.take<float>(kDecodeKeys + kLanes);
     v_scales = arena.take<float>(kDecodeKeys + kLanes);
     staging = arena.take<float>(std::max(k_positions, v_positions));
-    for (int i : {0, 1}) {
-      k_rows[i] = arena.take<const void*>(kDecodeKeys);
-      v_rows[i] = arena.take<const void*>(kDecodeKeys);
-    }
+    k_rows = arena.take<const void*>(2 * kDecodeKeys);
+    v_rows = arena.take<const void*>(2 * kDecodeKeys);
     keys = arena.take<std::int32_t>(kDecodeKeys);
+    all_keys = arena.take<std::int32_t>(kDecodeKeys);
   }
 };
 
@@ -111,6 +111,7 @@ class DecodeTask {
   void run() {
     pack_queries();
     set_lanes();
+    for (std::int64_t i = 0; i < kDecodeKeys; ++i) s_.all_keys[i] = static_cast<std::int32_t>(i);
     std::fill_n(s_.out, kRows * v_.positions, 0.0f);
     std::fill_n(s_.maximum, kLanes, -kInfinity);
     std::fill_n(s_.sum, kLanes, 0.0f);
@@ -120,6 +121,7 @@ class DecodeTask {
       for_each_block(/*with_k=*/true, /*with_v=*/true, [&](const Block& block) {
         score(block, s_.scores);
         softmax(block, s_.scores);
+        list_all(block);
         add_values(block, s_.scores);
       });
     }
@@ -200,43 +202,43 @@ class DecodeTask {
   // f(block) for every block of keys, its rows known, those of the next block too (to fetch them ahead).
   template <class F>
   void for_each_block(bool with_k, bool with_v, const F& f) {
-    const std::int64_t begin = task_.begin, end = task_.end;
-    const auto locate = [&](std::int64_t first, int side) {
-      const typename CacheReader<T>::Block keys{first, std::max(first, begin), std::min(first + kDecodeKeys, end)};
-      if (with_k) reader_.rows(problem_.cache.k, keys, kDecodeKeys, reinterpret_cast<const T**>(s_.k_rows[side]));
-      if (with_v) reader_.rows(problem_.cache.v, keys, kDecodeKeys, reinterpret_cast<const T**>(s_.v_rows[side]));
+    const T** const k = reinterpret_cast<const T**>(s_.k_rows);
+    const T** const v = reinterpret_cast<const T**>(s_.v_rows);
+    const auto locate = [&](std::int64_t first, std::int64_t at) {
+      const typename CacheReader<T>::Block keys{first, std::max(first, task_.begin),
+                                                std::min(first + kDecodeKeys, task_.end)};
+      if (with_k) reader_.rows(problem_.cache.k, keys, kDecodeKeys, k + at);
+      if (with_v) reader_.rows(problem_.cache.v, keys, kDecodeKeys, v + at);
       return keys;
     };
-    if (begin >= end) return;
-    int side = 0;
-    auto keys = locate(begin / kDecodeKeys * kDecodeKeys, side);
+    if (task_.begin >= task_.end) return;
+    auto keys = locate(task_.begin / kDecodeKeys * kDecodeKeys, 0);
     for (;;) {
-      const std::int64_t next = keys.first + kDecodeKeys;
-      const bool last = next >= end;
-      const auto next_keys = last ? keys : locate(next, 1 - side);
-      const int other = last ? side : 1 - side;
-      f(Block{keys, reinterpret_cast<const T* const*>(s_.k_rows[side]),
-              reinterpret_cast<const T* const*>(s_.k_rows[other]), reinterpret_cast<const T* const*>(s_.v_rows[side]),
-              reinterpret_cast<const T* const*>(s_.v_rows[other])});
+      const bool last = keys.first + kDecodeKeys >= task_.end;
+      const auto next = locate(last ? keys.first : keys.first + kDecodeKeys, kDecodeKeys);
+      f(Block{keys, k, k + keys_ahead<T>(k_.dim), v, v + keys_ahead<T>(v_.dim)});
       if (last) return;
-      keys = next_keys;
-      side = 1 - side;
+      keys = next;
+      if (with_k) std::copy_n(k + kDecodeKeys, kDecodeKeys, k);
+      if (with_v) std::copy_n(v + kDecodeKeys, kDecodeKeys, v);
     }
   }
 
-  // The listed rows of a block as floats in the side's order; the others are left as they are.
+  // The listed rows of a block as floats in the side's order, one behind the other.
   void convert(const StoredSide& side, const CacheScale& scale, const Block& block, const T* const* rows,
-               const T* const* next, float* dst) {
+               const T* const* next, const std::int32_t* list, std::int64_t count, float* dst) {
     if constexpr (Unpack<T>::kFast) {
-      if (!side.natural && !has_nan<T>(rows, s_.keys, count_, side.dim)) {
-        return convert_block<T>(rows, next, s_.keys, count_, side.dim, dst);
+      if (!side.natural && !has_nan<T>(rows, list, count, side.dim)) {
+        return convert_block<T>(rows, next, list, count, side.dim, dst);
       }
     }
-    for (std::int64_t n = 0; n < count_; ++n) {
-      const std::int64_t i = s_.keys[n];
-      float* to = dst + i * kConvertedStride;
+    for (std::int64_t n = 0; n < count; ++n) {
+      const std::int64_t i = list[n];
+      float* const to = dst + n * kConvertedStride;
       if (side.natural) {
-        const float* groups = side.group_scales ? reader_.group_scales(scale, block.keys.first + i) : nullptr;
+        // A key that does not exist stands for its nearest, as its row does.
+        const std::int64_t key = std::clamp(block.keys.first + i, block.keys.begin, block.keys.end - 1);
+        const float* groups = side.group_scales ? reader_.group_scales(scale, key) : nullptr;
         for (std::int64_t d = 0; d < side.dim; d += kLineElements) hwy::Prefetch(next[i] + d);
         dequantize_row(rows[i], side.dim, groups, problem_.cache.group_channels, to);
         std::fill(to + side.dim, to + side.positions, 0.0f);
@@ -248,27 +250,30 @@ class DecodeTask {
     }
   }
 
+  // Products of a block, scaled by nothing yet.
+  void multiply_keys_by_queries(const Block& block, float* scores) {
+    if constexpr (kRows == 1 && Unpack<T>::kFast) {
+      if (!k_.natural && !has_nan<T>(block.k, s_.all_keys, kDecodeKeys, k_.dim)) {
+        return score_one_row<T>(block.k, block.k_next, kDecodeKeys, s_.q, k_.dim, scores);
+      }
+    }
+    for (std::int64_t first = 0; first < kDecodeKeys; first += kConvertedKeys) {
+      convert(k_, problem_.cache.k_scale, block, block.k, block.k_next, s_.all_keys + first, kConvertedKeys,
+              s_.k_converted);
+      if constexpr (kRows == 1) {
+        const float* rows[kConvertedKeys];
+        for (std::int64_t n = 0; n < kConvertedKeys; ++n) rows[n] = s_.k_converted + n * kConvertedStride;
+        score_one_row<float>(rows, rows, kConvertedKeys, s_.q, k_.positions, scores + first);
+      } else {
+        score_rows<kRows>(s_.k_converted, s_.q, k_.positions, scores + first * kRows);
+      }
+    }
+  }
+
   // Logits of a block (products, when there are no terms), −inf where a lane does not see the key; s_.tile_maximum.
   void score(const Block& block, float* scores) {
     const CacheScale& scale = problem_.cache.k_scale;
-    bool done = false;
-    list_all(block);
-    if constexpr (kRows == 1 && Unpack<T>::kFast) {
-      if (!k_.natural && !has_nan<T>(block.k, s_.keys, count_, k_.dim)) {
-        score_one_row<T>(block.k, block.k_next, s_.q, k_.dim, scores);
-        done = true;
-      }
-    }
-    if (!done) {
-      convert(k_, scale, block, block.k, block.k_next, s_.k_converted);
-      if constexpr (kRows == 1) {
-        const float* rows[kDecodeKeys];
-        converted_rows(s_.k_converted, rows);
-        score_one_row<float>(rows, rows, s_.q, k_.positions, scores);
-      } else {
-        score_rows<kRows>(s_.k_converted, s_.q, k_.positions, scores);
-      }
-    }
+    multiply_keys_by_queries(block, scores);
     if (scale && !k_.group_scales) {
       reader_.scales(scale, block.keys, kDecodeKeys, s_.k_scales);
       multiply_keys(s_.k_scales, scores);
@@ -276,10 +281,6 @@ class DecodeTask {
     if (terms_.any()) scale_scores(ScoreTile{scores, kLanes, block.keys.first, kTileKeys}, terms_);
     if (terms_.alibi) add_distance(block.keys.first, scores);
     mask_and_maximum(block.keys.first, scores);
-  }
-
-  static void converted_rows(const float* converted, const float** rows) {
-    for (std::int64_t key = 0; key < kDecodeKeys; ++key) rows[key] = converted + key * kConvertedStride;
   }
 
   // For each lane the key of its group: lane / kRows.
@@ -374,20 +375,23 @@ class DecodeTask {
         add_values_of<T, kRows>(block.v, block.v_next, s_.keys, count_, weights, v_.dim, s_.out, v_.positions);
       }
     }
-    if (!converted) return;
-    convert(v_, scale, block, block.v, block.v_next, s_.v_converted);
-    if (hidden) take_out_not_finite(block, weights);
-    const float* rows[kDecodeKeys];
-    converted_rows(s_.v_converted, rows);
-    add_values_of<float, kRows>(rows, rows, s_.keys, count_, weights, v_.positions, s_.out, v_.positions);
+    for (std::int64_t first = 0; converted && first < count_; first += kConvertedValues) {
+      const std::int32_t* const list = s_.keys + first;
+      const std::int64_t count = std::min(kConvertedValues, count_ - first);
+      convert(v_, scale, block, block.v, block.v_next, list, count, s_.v_converted);
+      if (hidden) take_out_not_finite(block, list, count, weights);
+      const float* rows[kDecodeKeys];
+      for (std::int64_t n = 0; n < count; ++n) rows[list[n]] = s_.v_converted + n * kConvertedStride;
+      add_values_of<float, kRows>(rows, rows, list, count, weights, v_.positions, s_.out, v_.positions);
+    }
   }
 
   // A hidden weight is 0, but 0·NaN is NaN: values that are not finite are replaced by 0 and given to the rows that see
   // them.
-  void take_out_not_finite(const Block& block, const float* weights) {
-    for (std::int64_t n = 0; n < count_; ++n) {
-      const std::int64_t i = s_.keys[n], key = block.keys.first + i;
-      float* const row = s_.v_converted + i * kConvertedStride;
+  void take_out_not_finite(const Block& block, const std::int32_t* list, std::int64_t count, const float* weights) {
+    for (std::int64_t n = 0; n < count; ++n) {
+      const std::int64_t i = list[n], key = block.keys.first + i;
+      float* const row = s_.v_converted + n * kConvertedStride;
       if (all_finite(Broadcast{row, 0}, 1, v_.positions)) continue;
       for (std::int64_t p = 0; p < v_.positions; ++p) {
         if (std::isfinite(row[p])) continue;
