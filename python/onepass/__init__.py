@@ -5,6 +5,7 @@
 
 from onepass import _vmap as _vmap
 from onepass._ops import ops as _ops
+from onepass.cache import KVCache, cached_attention
 from onepass.functional import (
     AttentionResult,
     alibi_slopes,
@@ -19,8 +20,10 @@ __version__: str = _ops.version()
 
 __all__ = [
     "AttentionResult",
+    "KVCache",
     "alibi_slopes",
     "attention",
+    "cached_attention",
     "info",
     "merge_states",
     "scaled_dot_product_attention",
