@@ -74,7 +74,7 @@ def test_record_round_trip_and_charts(tmp_path: Path) -> None:
     assert {"machine", "threads", "torch", "onepass", "commit"} <= record["environment"].keys()
     assert rows[0]["gflops"] == pytest.approx(BASE.at(seqlen_q=128, seqlen_k=128).flops() / 1.28e-3 * 1e-9, rel=1e-3)
     (chart,) = plot(path)
-    assert chart.name == "run-prefill-sequence-length.png"
+    assert chart.name == "run-sequence-length.png"
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 

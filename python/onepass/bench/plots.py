@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def plot(path: Path) -> list[Path]:
-    """Draws every chart of a record beside it, as ``<record>-<kind>-<axis>.png``, and returns the files.
+    """Draws every chart of a record beside it, as ``<record>-<axis>.png``, and returns the files.
 
     Raises:
         ValueError: when the file is no record, or holds nothing to draw.
@@ -29,12 +29,13 @@ def plot(path: Path) -> list[Path]:
             groups[row["kind"], row["sweep"]].append(row)
     if not groups:
         raise ValueError(f"bench plot: {path}: got no sweep over sequence length or batch size; need one")
+    several_kinds = len({kind for kind, _ in groups}) > 1
     files = []
     for (kind, sweep), rows in groups.items():
         quantity = "mebibytes" if "mebibytes" in rows[0] else "gflops"
         figure = _figure(rows, kind, sweep, quantity, record["environment"])
-        name = "memory" if quantity == "mebibytes" else AXES[sweep].replace(" ", "-")
-        files.append(path.with_name(f"{path.stem}-{kind}-{name}.png"))
+        middle = f"-{kind}" if several_kinds else ""
+        files.append(path.with_name(f"{path.stem}{middle}-{AXES[sweep].replace(' ', '-')}.png"))
         figure.savefig(files[-1], dpi=130)
     return files
 
