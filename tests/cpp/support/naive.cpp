@@ -59,7 +59,7 @@ class Naive {
   }
 
   const double* query(const Values& values, std::int64_t i, std::int64_t dim) const {
-    return &values[in.query_row(batch, query_head, i) * dim];
+    return values.data() + in.query_row(batch, query_head, i) * dim;
   }
   std::int64_t key(std::int64_t j) const { return in.key_row(batch, key_head, j); }
 
@@ -72,7 +72,7 @@ class Naive {
         if (!in.visible(batch, i, j)) continue;
         Accumulator x = 0;
         const double* q = query(in.q, i, c.head_dim);
-        const double* k = &in.k[key(j) * c.head_dim];
+        const double* k = in.k.data() + key(j) * c.head_dim;
         for (std::int64_t d = 0; d < c.head_dim; ++d) x += Accumulator(q[d]) * Accumulator(k[d]);
         x = round(round(x) * scale);
         if (cap > 0) {
@@ -90,7 +90,7 @@ class Naive {
     p.assign(rows * columns, 0);
     sink_weight.assign(rows, 0);
     for (std::int64_t i = 0; i < rows; ++i) {
-      const Accumulator* row = &s[i * columns];
+      const Accumulator* row = s.data() + i * columns;
       const Accumulator largest_key = columns > 0 ? *std::max_element(row, row + columns) : -kInfinity;
       if (largest_key == -kInfinity) continue;
       const Accumulator sink = c.sinks ? Accumulator(in.sinks[query_head]) : -kInfinity;
