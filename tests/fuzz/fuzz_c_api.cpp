@@ -65,6 +65,7 @@ struct Call {
   onepass_status run(const char* backend);
   bool usable = true;  // false: the call might be valid, but needs memory that nobody has
   bool backward = false;
+  bool forward_accepted = false;  // by the last run
   Slot q, k, v, out, lse, total, dout, dq, dk, dv, dbias, dsinks;
   Slot bias, sinks, slopes, key_begin, key_end, cu_q, cu_k;
   std::vector<Slot*> slots{&q,     &k,      &v,    &out,   &lse,    &total,     &dout,    &dq,   &dk,  &dv,
@@ -261,6 +262,7 @@ onepass_status Call::run(const char* backend) {
   const onepass_status forward =
       checked(ragged_ ? onepass_varlen_attention(view(q), view(k), view(v), &shape, &outputs, &options, &context)
                       : onepass_attention(view(q), view(k), view(v), &outputs, &options, &context));
+  forward_accepted = forward == ONEPASS_OK;
   if (!backward) return forward;
   // Also after a refused forward: with the same spoilt arguments, or with what happens to be in out and lse.
   onepass_attention_gradients gradients = ONEPASS_ATTENTION_GRADIENTS_INIT;
@@ -329,6 +331,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     }
     return 0;
   }
+  if (call.backward && !call.forward_accepted) return 0;  // gradients of nothing in particular
   std::vector<std::vector<std::byte>> first;
   std::vector<std::vector<double>> values;
   for (const Slot* slot : outputs) {
