@@ -20,15 +20,14 @@ HWY_BEFORE_NAMESPACE();
 namespace onepass::cpu::HWY_NAMESPACE {
 namespace {
 
-constexpr std::int64_t kMaxRows = 512;   // that share a fetched key block; eight AVX-512 panels
-constexpr std::int64_t kMaxPanels = 43;  // 512 rows in panels of 12, the narrowest tier's
+constexpr std::int64_t kMaxRows = 512;  // that share a fetched key block; eight AVX-512 panels
 
 PanelShape shape_of(const Problem& problem) {
   const std::int64_t rows = std::clamp<std::int64_t>(problem.seqlen_q * problem.group_size(), 1, kMaxRows);
   const std::int64_t width = std::min(panel_width(), padded(rows));
   return {
       .width = width,
-      .panels = std::min(kMaxPanels, (rows + width - 1) / width),
+      .panels = (rows + width - 1) / width,
       .keys = std::clamp<std::int64_t>(problem.seqlen_k, 1, kBlockKeys),
       .dim = problem.head_dim,
       .dim_v = problem.head_dim_v,
@@ -37,7 +36,7 @@ PanelShape shape_of(const Problem& problem) {
 
 // A worker's memory.
 struct Scratch {
-  Panel panels[kMaxPanels];
+  Panel* panels;
   KeyBlock keys;
   float* scores;        // [keys][width]
   float* tile_maximum;  // [width]
@@ -56,7 +55,12 @@ struct Scratch {
  private:
   explicit Scratch(const Arena&) {}
   void take(Arena& arena, const Problem& problem, const PanelShape& shape) {
-    for (std::int64_t i = 0; i < shape.panels; ++i) panels[i].take(arena, problem, shape);
+    panels = arena.take<Panel>(shape.panels);
+    for (std::int64_t i = 0; i < shape.panels; ++i) {
+      Panel panel;
+      panel.take(arena, problem, shape);
+      if (panels != nullptr) new (panels + i) Panel(panel);
+    }
     keys.take(arena, problem, shape);
     scores = arena.take<float>(shape.keys * shape.width);
     tile_maximum = arena.take<float>(shape.width);

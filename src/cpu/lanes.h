@@ -19,8 +19,9 @@ struct RowSet {
   Sequence sequence;
 
   std::int64_t size() const { return sequence.seqlen_q * heads; }
-  std::int64_t query_of(std::int64_t row) const { return row / heads; }
-  std::int64_t head_of(std::int64_t row) const { return first_head + row % heads; }
+  // A division takes longer than the rest of a row's bookkeeping: not for groups of one.
+  std::int64_t query_of(std::int64_t row) const { return heads == 1 ? row : row / heads; }
+  std::int64_t head_of(std::int64_t row) const { return heads == 1 ? first_head : first_head + row % heads; }
   std::int64_t token_of(std::int64_t row) const { return sequence.query_start + query_of(row); }
 };
 

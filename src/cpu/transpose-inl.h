@@ -75,21 +75,27 @@ HWY_INLINE void transpose_square(const float* src, std::int64_t ld_src, float* d
 // Multiple of the vector length that holds `count`: the row length of the staging buffers below.
 HWY_INLINE std::int64_t padded(std::int64_t count) { return (count + lane_count() - 1) / lane_count() * lane_count(); }
 
-// dst[j·ld + i] = rows(i)[j] as float for i, j < lane_count(): a square whose rows are full.
-template <class T, class RowOf>
-HWY_INLINE void pack_square(const RowOf& row_of, std::int64_t first, std::int64_t d, float* dst, std::int64_t ld,
+// Addresses of as many rows as a vector has lanes.
+template <class T>
+struct RowPointers {
+  T* at[HWY_MAX_BYTES / sizeof(float)];
+};
+
+// dst[j·ld + i] = rows[i][d + j] as float for i, j < lane_count(): a square whose rows are full.
+template <class T>
+HWY_INLINE void pack_square(const RowPointers<const T>& rows, std::int64_t d, float* dst, std::int64_t ld,
                             float* staging) {
 #if HWY_HAVE_SCALABLE
   const std::int64_t lanes = lane_count();
   for (std::int64_t i = 0; i < lanes; ++i) {
-    store_floats(load_floats(static_cast<const T*>(row_of(first + i)) + d), staging + i * lanes);
+    store_floats(load_floats(rows.at[i] + d), staging + i * lanes);
   }
   transpose_square(staging, lanes, dst, ld);
 #else
   static_cast<void>(staging);
   Floats v[kLanes];
   HWY_UNROLL(16)
-  for (int i = 0; i < kLanes; ++i) v[i] = load_floats(static_cast<const T*>(row_of(first + i)) + d);
+  for (int i = 0; i < kLanes; ++i) v[i] = load_floats(rows.at[i] + d);
   transpose_vectors(v);
   HWY_UNROLL(16)
   for (int i = 0; i < kLanes; ++i) store_floats(v[i], dst + i * ld);
@@ -103,16 +109,19 @@ template <class T, class RowOf>
 HWY_INLINE void pack_panel(const RowOf& row_of, std::int64_t count, std::int64_t dim, float* panel, std::int64_t width,
                            float* staging) {
   const std::int64_t lanes = lane_count();
+  RowPointers<const T> rows;
   for (std::int64_t first = 0; first < count; first += lanes) {
+    const std::int64_t filled = std::min(lanes, count - first);
+    for (std::int64_t i = 0; i < filled; ++i) rows.at[i] = static_cast<const T*>(row_of(first + i));
     for (std::int64_t d = 0; d < dim; d += lanes) {
       float* const square = panel + d * width + first;
-      if (first + lanes <= count && d + lanes <= dim) {
-        pack_square<T>(row_of, first, d, square, width, staging);
+      if (filled == lanes && d + lanes <= dim) {
+        pack_square<T>(rows, d, square, width, staging);
         continue;
       }
       std::fill_n(staging, lanes * lanes, 0.0f);
-      for (std::int64_t i = 0; i < lanes && first + i < count; ++i) {
-        convert_row(static_cast<const T*>(row_of(first + i)) + d, std::min(lanes, dim - d), staging + i * lanes);
+      for (std::int64_t i = 0; i < filled; ++i) {
+        convert_row(rows.at[i] + d, std::min(lanes, dim - d), staging + i * lanes);
       }
       transpose_square(staging, lanes, square, width);
     }
@@ -125,12 +134,15 @@ template <class T, class RowOf>
 HWY_INLINE void unpack_panel(const float* panel, std::int64_t width, const float* factors, std::int64_t count,
                              std::int64_t dim, const RowOf& row_of, float* staging) {
   const std::int64_t lanes = lane_count();
+  RowPointers<T> rows;
   for (std::int64_t first = 0; first < count; first += lanes) {
+    const std::int64_t filled = std::min(lanes, count - first);
+    for (std::int64_t i = 0; i < filled; ++i) rows.at[i] = static_cast<T*>(row_of(first + i));
     for (std::int64_t d = 0; d < dim; d += lanes) {
       transpose_square(panel + d * width + first, width, staging, lanes);
-      for (std::int64_t i = 0; i < lanes && first + i < count; ++i) {
+      for (std::int64_t i = 0; i < filled; ++i) {
         float* const row = staging + i * lanes;
-        T* const dst = static_cast<T*>(row_of(first + i)) + d;
+        T* const dst = rows.at[i] + d;
         const Floats scaled = hn::Mul(load_floats(row), hn::Set(FloatTag(), factors[first + i]));
         if (d + lanes <= dim) {
           store_floats(scaled, dst);
