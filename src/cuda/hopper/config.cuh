@@ -26,6 +26,9 @@ struct ForwardConfig {
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
+  // Share of a block's exponentials before the wait for O; the others run between O's rescaling and P's packing.
+  static constexpr int kEarlyEighths = kHeadDim <= 64 ? 6 : 8;
+
   static constexpr int kSlabs = (kHeadDim + kSlabColumns - 1) / kSlabColumns;
   static constexpr int kQueryBytes = kRows * kSlabs * 128;
   static constexpr int kBlockBytes = kKeys * kSlabs * 128;

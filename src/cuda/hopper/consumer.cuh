@@ -139,7 +139,12 @@ class Consumer {
       if (problem_.dropout_p > 0.0) drop<kWidth>(block * kKeys);
     } else {
       const float shift[2] = {state_.max[0] * unit_, state_.max[1] * unit_};
-      exponentiate<0, kWidth / 8>(s_, shift, sum, unit_);
+      constexpr int kTiles = kWidth / 8, kEarly = kRescale ? kTiles * Config::kEarlyEighths / 8 : kTiles;
+      exponentiate<0, kEarly>(s_, shift, sum, unit_);
+      if constexpr (kEarly < kTiles) {
+        const float late[2] = {wait_for(o_[0], shift[0], plan_.zero), wait_for(o_[2], shift[1], plan_.zero)};
+        exponentiate<kEarly, kTiles>(s_, late, sum, unit_);
+      }
     }
     if constexpr (kRescale) {
 #pragma unroll

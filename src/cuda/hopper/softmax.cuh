@@ -50,6 +50,12 @@ ONEPASS_DEVICE void update_max(const float (&s)[R], RowState& state, float (&alp
   }
 }
 
+// x, but not before `gate` is in its register: ptxas moves an exponential that depends on the result behind gate's
+// wait, which no fence makes it do. zero: a 0 that the compiler cannot see.
+ONEPASS_DEVICE float wait_for(float gate, float x, std::uint32_t zero) {
+  return __uint_as_float(__float_as_uint(x) | (__float_as_uint(gate) & zero));
+}
+
 // Column tiles [kFrom, kTo) of 8 keys each: scores become weights, their sums are added to `sum`.
 template <int kFrom, int kTo, int R>
 ONEPASS_DEVICE void exponentiate(float (&s)[R], const float (&shift)[2], float (&sum)[2], float unit) {
