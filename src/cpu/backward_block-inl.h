@@ -95,6 +95,36 @@ inline void add_to_keys(const float* scores, std::int64_t width, std::int64_t ke
   }
 }
 
+// scores(key, :) = epilogue(a(key, :)·lanes). Of a partly visible tile only the vectors that some key of each kKeyStep
+// sees; what the others hold is hidden afterwards.
+template <class Epilogue>
+void multiply_scores_of(const QueryPanel& panel, std::int64_t keys, const Band& band, bool partial, Broadcast a,
+                        const float* lanes, std::int64_t dim, float* scores, const Epilogue& epilogue) {
+  constexpr std::int64_t kKeyStep = 16;
+  const std::int64_t step = partial ? kKeyStep : keys;
+  for (std::int64_t key = 0; key < keys; key += step) {
+    const std::int64_t count = std::min(step, keys - key);
+    const std::int64_t first = partial ? band.begin(key) / lane_count() * lane_count() : 0;
+    const std::int64_t last = partial ? padded(band.end(key + count - 1)) : panel.width;
+    multiply<true>(count, last, {a.data + key * a.stride, a.stride}, lanes, kPanel, Band::whole(dim),
+                   scores + key * panel.width, panel.width, epilogue, first);
+  }
+}
+
+// dq(:, lane) += Σ_key k(key, :)·scores(key, lane). Of a partly visible tile only the keys that some lane of each two
+// vectors sees: narrower strips would lose more in registers than they save.
+inline void add_to_queries(const float* scores, const QueryPanel& panel, std::int64_t keys, const Band& band,
+                           bool partial, Broadcast k, std::int64_t dim) {
+  const std::int64_t step = partial ? 2 * lane_count() : panel.width;
+  for (std::int64_t lane = 0; lane < panel.width; lane += step) {
+    const std::int64_t lanes = std::min(step, panel.width - lane);
+    const std::int64_t begin = partial ? std::clamp<std::int64_t>(lane + 1 - band.end_offset, 0, keys) : 0;
+    const std::int64_t end = partial ? std::clamp<std::int64_t>(lane + lanes - band.begin_offset, begin, keys) : keys;
+    multiply<false>(dim, lanes, {k.data + begin * k.stride, k.stride}, scores + begin * panel.width + lane, panel.width,
+                    Band::whole(end - begin), panel.dq + lane, kPanel, Accumulate{});
+  }
+}
+
 // Tiles of (kBlock, kPanel), held by one worker; null where the problem has no use for them.
 struct TileMemory {
   float* weights;  // then their gradients, in place
@@ -110,36 +140,37 @@ inline void backward_block(const Problem& problem, const ScoreTerms& terms, cons
   const auto to_keys = pairwise ? add_visible_to_keys : add_to_keys;
   const bool dropout = problem.dropout_p > 0;
   const std::int64_t keys = block.count, width = panel.width;
-  const Band all_k = Band::whole(problem.head_dim), all_v = Band::whole(problem.head_dim_v);
   const ScoreTile tile{memory.weights, width, block.first, keys};
 
+  const auto products = [&](Broadcast a, const float* lanes, std::int64_t dim, const auto& epilogue) {
+    multiply_scores_of(panel, keys, band, partial, a, lanes, dim, tile.scores, epilogue);
+  };
+
   if (terms.any()) {
-    multiply<true>(keys, width, block.k, panel.q_lanes, kPanel, all_k, tile.scores, width, Assign{});
+    products(block.k, panel.q_lanes, problem.head_dim, Assign{});
     weigh_terms(problem, terms, tile, panel.lanes, panel.lse, memory.slopes, memory.staging);
   } else {
-    multiply<true>(keys, width, block.k, panel.q_lanes, kPanel, all_k, tile.scores, width,
-                   ToWeights{problem.softmax_scale, panel.lse});
+    products(block.k, panel.q_lanes, problem.head_dim, ToWeights{problem.softmax_scale, panel.lse});
   }
   if (partial) hide(tile, panel.lanes);
+  if (partial && terms.softcap > 0) hide({memory.slopes, width, block.first, keys}, panel.lanes);
   if (dropout) keep_survivors(problem, tile, panel.lanes, memory.kept);
   to_keys(dropout ? memory.kept : tile.scores, width, keys, band, panel.dout_rows, problem.head_dim_v, block.dv,
           block.dv_stride);
 
   if (dropout) {
     const auto survival = static_cast<float>(1.0 / (1.0 - problem.dropout_p));
-    multiply<true>(keys, width, block.v, panel.dout_lanes, kPanel, all_v, tile.scores, width,
-                   ToDroppedScoreGradients{panel.delta, tile.scores, memory.kept, survival});
+    products(block.v, panel.dout_lanes, problem.head_dim_v,
+             ToDroppedScoreGradients{panel.delta, tile.scores, memory.kept, survival});
   } else {
-    multiply<true>(keys, width, block.v, panel.dout_lanes, kPanel, all_v, tile.scores, width,
-                   ToScoreGradients{panel.delta});
+    products(block.v, panel.dout_lanes, problem.head_dim_v, ToScoreGradients{panel.delta});
   }
   if (partial) hide(tile, panel.lanes);
   dbias.add(tile, panel.first, panel.count, memory.staging);
   if (terms.softcap > 0) multiply_by(tile, memory.slopes);
   to_keys(tile.scores, width, keys, band, panel.q_rows, problem.head_dim, block.dk, block.dk_stride);
   if (pairwise) return add_visible_to_queries(tile.scores, width, keys, band, block.k, problem.head_dim, panel.dq);
-  multiply<false>(problem.head_dim, width, block.k, tile.scores, width, Band::whole(keys), panel.dq, kPanel,
-                  Accumulate{});
+  add_to_queries(tile.scores, panel, keys, band, partial, block.k, problem.head_dim);
 }
 
 }  // namespace
