@@ -68,7 +68,7 @@ def onepass_attention(
     packed: tuple[Tensor, Tensor, int | None, int | None] | None = None
     if visibility.cu_seqlens is not None:
         packed = (visibility.cu_seqlens, visibility.cu_seqlens, visibility.max_seqlen, visibility.max_seqlen)
-    elif cu_seq_lens_q is not None and cu_seq_lens_k is not None and visibility.dense is None:
+    elif cu_seq_lens_q is not None and cu_seq_lens_k is not None and not visibility.is_padded:
         packed = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
 
     options: dict[str, Any] = {

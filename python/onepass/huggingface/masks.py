@@ -111,6 +111,11 @@ class Visibility:
     dense: Tensor | None = None
     _bias: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether more than a pattern is described: padding, or a whole mask."""
+        return self.dense is not None or self.key_begin is not None or self.key_end is not None
+
     def bias(self, dtype: torch.dtype) -> Tensor:
         """``dense`` as a score bias (hidden: −inf), made once for all layers of a forward pass."""
         if dtype not in self._bias:
