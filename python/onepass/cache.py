@@ -145,7 +145,8 @@ class KVCache:
 
         Args:
             k: ``(rows, num_heads_kv, capacity, head_dim)``, or paged
-                ``(num_pages, num_heads_kv, page_size, head_dim)``; strides are free but for a contiguous last dimension, so token-major storage is a transposed view.
+                ``(num_pages, num_heads_kv, page_size, head_dim)``; strides are free but for a contiguous last
+                dimension, so token-major storage is a transposed view.
             v: likewise with ``head_dim_v``.
             seqlens: int32 ``(batch)``.
             page_table: int32 ``(batch, max_pages)``.
