@@ -12,6 +12,8 @@ const Backend kCudaBackend{
     .describe = cuda::describe_devices,
     .supports_forward = cuda::supports_forward,
     .forward = cuda::forward,
+    .supports_backward = cuda::supports_backward,
+    .backward = cuda::backward,
     .supports_merge = cuda::supports_merge,
     .merge = cuda::merge,
 };

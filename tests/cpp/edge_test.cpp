@@ -25,9 +25,13 @@ bool all_equal(const Values& values, double x) {
 void expect_empty(const Results& results) {
   EXPECT_TRUE(all_equal(results.out, 0.0));
   EXPECT_TRUE(all_equal(results.lse, -kInfinity));
-  for (const Values* values :
-       {&results.total, &results.dq, &results.dk, &results.dv, &results.dbias, &results.dsinks}) {
-    EXPECT_TRUE(all_equal(*values, 0.0));
+  for (const auto& [name, values] : {std::pair{"total", &results.total},
+                                     {"dq", &results.dq},
+                                     {"dk", &results.dk},
+                                     {"dv", &results.dv},
+                                     {"dbias", &results.dbias},
+                                     {"dsinks", &results.dsinks}}) {
+    EXPECT_TRUE(all_equal(*values, 0.0)) << name;
   }
 }
 

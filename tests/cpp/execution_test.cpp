@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "core/thread_pool.h"
+#include "support/memory.h"
 #include "support/target_test.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -113,19 +114,22 @@ TEST(ThreadPoolTest, ThreadCountsCanAlternateWithoutNewThreads) {
 // Keeps every block in a map; fails at the nth allocation.
 class StrictAllocator final : public Allocator {
  public:
-  void* allocate(std::size_t bytes, Device, void*) override {
+  void* allocate(std::size_t bytes, Device device, void*) override {
     const std::lock_guard lock(mutex_);
     if (++count_ == fail_at) return nullptr;
-    void* block = ::operator new (bytes, std::align_val_t{256});
-    live_[block] = bytes;
+    constexpr std::size_t kAlignment = 256;
+    Memory memory = test::allocate(bytes + kAlignment, device);
+    const auto address = reinterpret_cast<std::uintptr_t>(memory.get());
+    void* const block = memory.get() + (kAlignment - address % kAlignment) % kAlignment;
+    live_[block] = {std::move(memory), bytes};
     return block;
   }
-  void deallocate(void* block, std::size_t bytes, Device, void*) override {
+  void deallocate(void* block, std::size_t bytes, Device device, void*) override {
     const std::lock_guard lock(mutex_);
     const auto found = live_.find(block);
-    if (found == live_.end() || found->second != bytes) std::abort();
+    if (found == live_.end() || found->second.second != bytes) std::abort();
+    synchronize(device);  // kernels may still use it
     live_.erase(found);
-    ::operator delete (block, std::align_val_t{256});
   }
   bool balanced() const { return live_.empty(); }
   int count() const { return count_; }
@@ -134,7 +138,7 @@ class StrictAllocator final : public Allocator {
 
  private:
   std::mutex mutex_;
-  std::map<void*, std::size_t> live_;
+  std::map<void*, std::pair<Memory, std::size_t>> live_;
   int count_ = 0;
 };
 

@@ -52,6 +52,13 @@ ONEPASS_DEVICE std::uint32_t pack<__nv_bfloat16>(float low, float high) {
   return packed;
 }
 
+// The same value, of which the compiler knows nothing: what is computed from it is not hoisted out of a loop, where it
+// would hold registers that the loop needs.
+ONEPASS_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x, relative error below 2^−22; subnormal results become 0.
 ONEPASS_DEVICE float exp2_approx(float x) {
   float y;

@@ -84,12 +84,10 @@ ONEPASS_DEVICE float bias(const ScoreTerms& terms, const DeviceSequence& sequenc
   return load_as_float(terms.bias, terms.bias_dtype, query * terms.bias_query_stride + key * terms.bias_key_stride);
 }
 
-// Turns products q·k into logits (natural units).
-template <bool kExact, class Layout, int R, int C>
-ONEPASS_DEVICE void apply_terms(float (&s)[R][C][4], const ScoreTerms& terms, const Layout& at,
-                                const DeviceSequence& sequence) {
-  for_each_element(s, [&](float& x, int, int, int) { x *= terms.scale; });
-  if (terms.softcap > 0.0f) for_each_element(s, [&](float& x, int, int, int) { x = capped<kExact>(terms, x); });
+// ALiBi and bias, after softcap.
+template <class Layout, int R, int C>
+ONEPASS_DEVICE void add_terms(float (&s)[R][C][4], const ScoreTerms& terms, const Layout& at,
+                              const DeviceSequence& sequence) {
   if (terms.alibi_slope != 0.0f) {
     for_each_element(
         s, [&](float& x, int r, int c, int e) { x += alibi(terms, sequence, at.query(r, c, e), at.key(r, c, e)); });
@@ -98,6 +96,33 @@ ONEPASS_DEVICE void apply_terms(float (&s)[R][C][4], const ScoreTerms& terms, co
     for_each_element(
         s, [&](float& x, int r, int c, int e) { x += bias(terms, sequence, at.query(r, c, e), at.key(r, c, e)); });
   }
+}
+
+// Turns products q·k into logits (natural units).
+template <bool kExact, class Layout, int R, int C>
+ONEPASS_DEVICE void apply_terms(float (&s)[R][C][4], const ScoreTerms& terms, const Layout& at,
+                                const DeviceSequence& sequence) {
+  for_each_element(s, [&](float& x, int, int, int) { x *= terms.scale; });
+  if (terms.softcap > 0.0f) for_each_element(s, [&](float& x, int, int, int) { x = capped<kExact>(terms, x); });
+  add_terms(s, terms, at, sequence);
+}
+
+// The same, with the derivative of the logit by softmax_scale·q·k: 1 − tanh² under a softcap, else 1.
+template <bool kExact, class Layout, int R, int C>
+ONEPASS_DEVICE void apply_terms(float (&s)[R][C][4], float (&slopes)[R][C][4], const ScoreTerms& terms,
+                                const Layout& at, const DeviceSequence& sequence) {
+  for_each_element(s, [&](float& x, int r, int c, int e) {
+    x *= terms.scale;
+    slopes[r][c][e] = 1.0f;
+  });
+  if (terms.softcap > 0.0f) {
+    for_each_element(s, [&](float& x, int r, int c, int e) {
+      x = capped<kExact>(terms, x);
+      const float t = x * terms.inv_softcap;
+      slopes[r][c][e] = fmaf(-t, t, 1.0f);
+    });
+  }
+  add_terms(s, terms, at, sequence);
 }
 
 // The same for one pair.
@@ -142,6 +167,13 @@ ONEPASS_DEVICE void dropout_words(const DropoutRule& rule, const QueryRows& at, 
   words[3] = odd ? mine.word[3] : second;
 }
 
+// One step of a transpose across lanes: a lane without the bit gives its second word for its partner's first.
+ONEPASS_DEVICE void exchange(std::uint32_t& first, std::uint32_t& second, bool bit, int lanes_apart) {
+  const std::uint32_t got = __shfl_xor_sync(~0u, bit ? first : second, lanes_apart);
+  first = bit ? got : first;
+  second = bit ? second : got;
+}
+
 ONEPASS_DEVICE void dropout_words(const DropoutRule& rule, const KeyRows& at, int r, int c, std::uint32_t (&words)[4]) {
   // Lanes 4 apart hold neighbouring keys: lane/4 % 4 is the word that this lane needs of all four calls. It draws the
   // call of its element with that number, and a 4×4 transpose across the lanes hands the words out.
@@ -149,16 +181,10 @@ ONEPASS_DEVICE void dropout_words(const DropoutRule& rule, const KeyRows& at, in
   const bool bit0 = mine & 1, bit1 = mine & 2;
   Philox4 drawn = dropout_bits(rule.seed, rule.offset, rule.plane, at.query(r, c, 0) + (bit0 ? 1 : 0),
                                (at.key(r, c, 0) + (bit1 ? 8 : 0)) / 4);
-#pragma unroll
-  for (int pair = 0; pair < 4; pair += 2) {
-    const std::uint32_t got = __shfl_xor_sync(~0u, drawn.word[bit0 ? pair : pair + 1], 4);
-    (bit0 ? drawn.word[pair] : drawn.word[pair + 1]) = got;
-  }
-#pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
-    const std::uint32_t got = __shfl_xor_sync(~0u, drawn.word[bit1 ? pair : pair + 2], 8);
-    (bit1 ? drawn.word[pair] : drawn.word[pair + 2]) = got;
-  }
+  exchange(drawn.word[0], drawn.word[1], bit0, 4);
+  exchange(drawn.word[2], drawn.word[3], bit0, 4);
+  exchange(drawn.word[0], drawn.word[2], bit1, 8);
+  exchange(drawn.word[1], drawn.word[3], bit1, 8);
 #pragma unroll
   for (int e = 0; e < 4; ++e) words[e] = drawn.word[e];
 }

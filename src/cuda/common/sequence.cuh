@@ -80,4 +80,17 @@ ONEPASS_DEVICE TileKeys tile_keys(const Problem& problem, const DeviceSequence& 
   return {{of_first.begin, of_last.end}, {of_last.begin, of_first.end}};
 }
 
+// Queries of a tile of keys [first, end): those that see at least one live key of it, and those that see all of them.
+struct TileQueries {
+  Range any, all;
+};
+
+ONEPASS_DEVICE TileQueries tile_queries(const Problem& problem, const DeviceSequence& s, int first, int end) {
+  const int first_live = max(first, s.key_begin), last_live = min(end, s.key_end) - 1;
+  if (first_live > last_live) return {{0, 0}, {0, 0}};
+  const Range of_first = seeing_queries(problem, s, first_live), of_last = seeing_queries(problem, s, last_live);
+  const bool whole = first >= s.key_begin && end <= s.key_end;
+  return {{of_first.begin, of_last.end}, whole ? Range{of_last.begin, of_first.end} : Range{0, 0}};
+}
+
 }  // namespace onepass::cuda

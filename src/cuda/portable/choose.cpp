@@ -9,7 +9,7 @@ constexpr int kOldest = 80;  // compute capability: bfloat16 mma, cp.async and l
 
 }  // namespace
 
-Unsupported common_limits(const char*, Device device, DType dtype, std::int64_t largest_head_dim) {
+Unsupported common_limits(Device device, DType dtype, std::int64_t largest_head_dim) {
   if (dtype != DType::kFloat16 && dtype != DType::kBFloat16 && dtype != DType::kFloat32) {
     return std::string("dtype ") + name_of(dtype) + " (float16, bfloat16 or float32)";
   }

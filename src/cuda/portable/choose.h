@@ -11,7 +11,7 @@
 namespace onepass::cuda {
 
 // What every operation needs of the machine and the operands.
-Unsupported common_limits(const char* operation, Device device, DType dtype, std::int64_t largest_head_dim);
+Unsupported common_limits(Device device, DType dtype, std::int64_t largest_head_dim);
 
 // The smallest compiled head dim that holds the operands'.
 int padded_head_dim(const Problem& problem);

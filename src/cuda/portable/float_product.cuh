@@ -60,6 +60,22 @@ struct FloatProduct {
     }
   }
 
+  // sums[r][0] and [2] += the sums of rows of A that are 8 apart, in the order in which rows_by_columns adds them up.
+  template <class TileA, int kDepth, int R>
+  ONEPASS_DEVICE static void add_row_sums(float (&sums)[R][4], const unsigned char* tile_a, int row) {
+#pragma unroll 4
+    for (int k = 0; k < kDepth; ++k) {
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = TileA::offset(row + 16 * r + 8 * half + lane_id() / 4, 0) + 4 * k;
+          const float a = *reinterpret_cast<const float*>(tile_a + at);
+          if (!(a < 0.0f)) sums[r][2 * half] += a;
+        }
+    }
+  }
+
   // d += Aᵀ·B: the same with A's rows taken from tile a's columns [row, +16R).
   template <class TileA, class TileB, int kDepth, int R, int C>
   ONEPASS_DEVICE static void columns_by_columns(float (&d)[R][C][4], const unsigned char* tile_a, int row,

@@ -44,8 +44,8 @@ void attend(const Problem& problem, const ExecutionContext& context) {
 }  // namespace
 
 Unsupported supports_forward(const Problem& problem) {
-  if (Unsupported reason = common_limits(problem.operation, problem.device, problem.dtype,
-                                         std::max(problem.head_dim, problem.head_dim_v))) {
+  if (Unsupported reason =
+          common_limits(problem.device, problem.dtype, std::max(problem.head_dim, problem.head_dim_v))) {
     return reason;
   }
   if (const std::int64_t tiles = tile_count(problem, kernel_for(problem).queries); tiles > kMaxBlocks) {
@@ -56,19 +56,17 @@ Unsupported supports_forward(const Problem& problem) {
 
 void forward(const Problem& problem, const ExecutionContext& context) {
   const DeviceGuard guard(problem.device.index);
-  if (problem.ragged()) clear_unowned_queries(problem, problem.out, problem.head_dim_v, problem.lse, context);
-  if (!problem.total_attention || problem.lse) {
-    attend(problem, context);
-    if (problem.total_attention) sum_columns(problem, context);
-    return;
+  // The column sums need the log-sum-exp, also where the caller did not ask for it.
+  const bool own_lse = problem.total_attention && !problem.lse;
+  const Workspace lse(context, problem.device, own_lse ? problem.num_heads * problem.total_q * sizeof(float) : 0);
+  Problem attended = problem;
+  if (own_lse) {
+    const std::int64_t tokens = problem.ragged() ? problem.total_q : problem.seqlen_q;
+    attended.lse = {lse.as<float>(), problem.ragged() ? 0 : problem.num_heads * tokens, tokens, 1};
   }
-  // The column sums need the log-sum-exp, which this caller did not ask for.
-  const Workspace lse(context, problem.device, problem.num_heads * problem.total_q * sizeof(float));
-  Problem with_lse = problem;
-  with_lse.lse = {lse.as<float>(), problem.ragged() ? 0 : problem.num_heads * problem.seqlen_q,
-                  problem.ragged() ? problem.total_q : problem.seqlen_q, 1};
-  attend(with_lse, context);
-  sum_columns(with_lse, context);
+  if (problem.ragged()) clear_unowned_queries(attended, problem.out, problem.head_dim_v, attended.lse, context);
+  attend(attended, context);
+  if (problem.total_attention) sum_columns(attended, context);
 }
 
 }  // namespace onepass::cuda

@@ -5,7 +5,7 @@
 
 #include "cuda/common/score.cuh"
 #include "cuda/portable/float_product.cuh"
-#include "cuda/portable/row_by_row.cuh"
+#include "cuda/portable/not_finite.cuh"
 #include "cuda/portable/row_end.cuh"
 
 namespace onepass::cuda {
@@ -15,6 +15,13 @@ struct ForwardConfig {
   using T = T_;
   static constexpr bool kFloat = std::is_same_v<T, float>;
   static constexpr int kHeadDim = kHeadDim_;
+  // With an output of 128 or more columns, registers are too few to keep the addresses of copies, or to start the next
+  // keys' copy while scores are there; a longer product then hides it.
+  static constexpr bool kCrowded = !kFloat && kHeadDim_ > 64;
+  // Whether the product with V sums the denominator, as one more column that holds ones: numerator and denominator then
+  // round the same way, and values of 1 give 1, however many keys there are. bfloat16 outputs are too coarse to show
+  // it, and at 64 columns the additional product costs 5 % (3 % saved elsewhere at 128).
+  static constexpr bool kProductSums = kHeadDim_ > 64 || !std::is_same_v<T, __nv_bfloat16>;
   static constexpr bool kTerms = kTerms_;  // logits have terms beyond scale·q·k, or weights are dropped
   using Shape = ForwardTile<kFloat, kHeadDim, kTerms>;
   static constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kWarps = Shape::kWarps;
@@ -35,7 +42,7 @@ struct ForwardConfig {
   static_assert(kSharedBytes == Shape::shared_bytes(), "the host asks for what the kernel uses");
 };
 
-// Running maximum and sum of the rows of a warp, in log2 units after `scale`; the sum is this thread's part of it.
+// Running maximum of the rows of a warp, and this thread's part of their exact sums, which the log-sum-exp needs.
 template <int kRows>
 struct OnlineSoftmax {
   float largest[kRows], sum[kRows];
@@ -48,11 +55,12 @@ struct OnlineSoftmax {
   ONEPASS_DEVICE float base(int i) const { return largest[i] == -kInfinity ? 0.0f : largest[i]; }
 };
 
-// Replaces scores by weights 2^(scale·(s − max)) and updates sums. The accumulator is rescaled only when a maximum of
+// Replaces scores by weights 2^(scale·(s − max)). The accumulator, `sums` included, is rescaled only when a maximum of
 // the warp has grown by more than 2^kSlack, so that most blocks skip that work; until then weights may reach 2^kSlack,
 // far inside float16.
 template <int R, int C, int CO>
-ONEPASS_DEVICE void softmax_step(float (&s)[R][C][4], float (&o)[R][CO][4], OnlineSoftmax<2 * R>& state, float scale) {
+ONEPASS_DEVICE void softmax_step(float (&s)[R][C][4], float (&o)[R][CO][4], float (&sums)[R][4],
+                                 OnlineSoftmax<2 * R>& state, float scale, bool exact_sums) {
   constexpr float kSlack = 8.0f;
   float largest[2 * R];
   bool grown = false;
@@ -71,6 +79,8 @@ ONEPASS_DEVICE void softmax_step(float (&s)[R][C][4], float (&o)[R][CO][4], Onli
       state.largest[i] = largest[i];
       const float factor = exp2_approx((previous - state.base(i)) * scale);
       state.sum[i] *= factor;
+      sums[i / 2][2 * (i % 2)] *= factor;
+      sums[i / 2][2 * (i % 2) + 1] *= factor;
 #pragma unroll
       for (int c = 0; c < CO; ++c) {
         o[i / 2][c][2 * (i % 2)] *= factor;
@@ -85,27 +95,10 @@ ONEPASS_DEVICE void softmax_step(float (&s)[R][C][4], float (&o)[R][CO][4], Onli
     for (int c = 0; c < C; ++c)
 #pragma unroll
       for (int e = 2 * (i % 2); e < 2 * (i % 2) + 2; ++e) {
-        const float weight = exp2_approx(fmaf(s[i / 2][c][e], scale, -base));
-        s[i / 2][c][e] = weight;
-        state.sum[i] += weight;
+        s[i / 2][c][e] = exp2_approx(fmaf(s[i / 2][c][e], scale, -base));
       }
   }
-}
-
-// Whether a tile of 16-bit values holds an infinity or a NaN, as far as this thread's share goes.
-template <class T, class Tile, int kRows, int kThreads>
-ONEPASS_DEVICE bool any_nonfinite(std::uint32_t tile) {
-  constexpr std::uint32_t kExponents = std::is_same_v<T, __half> ? 0x7C007C00u : 0x7F807F80u;
-  constexpr std::uint32_t kUpper = kExponents & 0xFFFF0000u, kLower = kExponents & 0xFFFFu;
-  bool found = false;
-  for (int index = threadIdx.x; index < kRows * Tile::kChunks; index += kThreads) {
-    const uint4 chunk = load_shared_16(tile + 16 * index);
-#pragma unroll
-    for (std::uint32_t word : {chunk.x, chunk.y, chunk.z, chunk.w}) {
-      found |= (word & kUpper) == kUpper || (word & kLower) == kLower;
-    }
-  }
-  return found;
+  if (exact_sums) for_each_element(s, [&](float& x, int r, int, int e) { state.sum[2 * r + e / 2] += x; });
 }
 
 // Writes the weights of a warp's rows for FloatProduct::rows_by_columns; −1 marks a masked one.
@@ -125,15 +118,18 @@ ONEPASS_DEVICE void store_weights(const float (&p)[R][C][4], unsigned char* weig
       }
 }
 
-// Divides the rows by their sums and writes their log-sum-exp.
+// Divides the rows by their sums (`from_exact`: not those of the product, which dropout would miss) and writes their
+// log-sum-exp.
 template <int R, int CO>
-ONEPASS_DEVICE void finish_rows(const ForwardArguments& arguments, float (&o)[R][CO][4],
-                                const OnlineSoftmax<2 * R>& state, float survivor_scale, int batch, int head,
-                                const DeviceSequence& sequence, int first_row) {
+ONEPASS_DEVICE void finish_rows(const ForwardArguments& arguments, float (&o)[R][CO][4], const float (&sums)[R][4],
+                                const OnlineSoftmax<2 * R>& state, bool from_exact, float survivor_scale, int batch,
+                                int head, const DeviceSequence& sequence, int first_row) {
 #pragma unroll
   for (int i = 0; i < 2 * R; ++i) {
-    const RowEnd end = finish_row(arguments.problem, head, state.base(i) * arguments.scale_log2, quad_sum(state.sum[i]),
-                                  state.largest[i] == -kInfinity, survivor_scale);
+    const float exact = quad_sum(state.sum[i]);
+    const RowEnd end = finish_row(arguments.problem, head, state.base(i) * arguments.scale_log2,
+                                  from_exact ? exact : sums[i / 2][2 * (i % 2)], exact, state.largest[i] == -kInfinity,
+                                  survivor_scale);
 #pragma unroll
     for (int c = 0; c < CO; ++c) {
       o[i / 2][c][2 * (i % 2)] *= end.factor;
@@ -224,14 +220,17 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Shape::kBlocksPerMul
   float o[R][CO][4];
   clear(o);
   OnlineSoftmax<2 * R> state;
+  float sums[R][4] = {};
+  const bool exact_sums = !Config::kProductSums || problem.lse.data != nullptr || (Config::kTerms && dropout.active);
+  bool repaired = false;  // some block's values were made finite
   [[maybe_unused]] std::uint32_t query_fragments[Config::kQueriesInRegisters ? Config::kHeadDim / 16 : 1][R][4];
 
   const int first_block = keys.any.begin / Config::kKeys;
   const int end_block =
       keys.any.begin < keys.any.end ? (keys.any.end + Config::kKeys - 1) / Config::kKeys : first_block;
   const auto load_keys = [&](int block) {
-    load_tile<typename Config::KeyTile, Config::kKeys, Config::kThreads>(key_address, k, block * Config::kKeys,
-                                                                         sequence.key_begin, sequence.key_end);
+    load_tile<typename Config::KeyTile, Config::kKeys, Config::kThreads, Config::kCrowded>(
+        key_address, k, block * Config::kKeys, sequence.key_begin, sequence.key_end);
     cp_async_commit();
   };
   if (first_block < end_block) {
@@ -244,8 +243,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Shape::kBlocksPerMul
     const int block_key = block * Config::kKeys;
     cp_async_wait<0>();
     __syncthreads();  // K of this block is there, and nobody reads V of the last one any more
-    load_tile<typename Config::KeyTile, Config::kKeys, Config::kThreads>(value_address, v, block_key,
-                                                                         sequence.key_begin, sequence.key_end);
+    load_tile<typename Config::KeyTile, Config::kKeys, Config::kThreads, Config::kCrowded>(
+        value_address, v, block_key, sequence.key_begin, sequence.key_end);
     cp_async_commit();
 
     float s[R][C][4];
@@ -277,15 +276,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Shape::kBlocksPerMul
     cp_async_wait<0>();
     __syncthreads();  // V of this block is there, and nobody reads its K any more
     if constexpr (!Config::kFloat) {
-      if (masked && __syncthreads_or(
-                        any_nonfinite<T, typename Config::KeyTile, Config::kKeys, Config::kThreads>(value_address))) {
-        return forward_row_by_row<T, Config::kHeadDim, Config::kWarps>(arguments, batch, head, first_query,
-                                                                       live_queries);
+      if (masked) {
+        repaired |= __syncthreads_or(
+            make_tile_finite<T, typename Config::KeyTile, Config::kKeys, Config::kThreads>(value_address));
       }
     }
-    if (block > first_block) load_keys(block - 1);
+    if (!Config::kCrowded && block > first_block) load_keys(block - 1);
 
-    softmax_step(s, o, state, scale);
+    softmax_step(s, o, sums, state, scale, exact_sums);
     if constexpr (Config::kTerms) {
       if (dropout.active) {
         for_each_dropout<R, C>(dropout, at, [&](int r, int c, int e, bool survives) {
@@ -298,23 +296,33 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Shape::kBlocksPerMul
       store_weights<Config>(s, shared + Config::kWeightOffset, warp_row, masked,
                             keys_of_rows<R>(problem, sequence, first_row), at.key0);
       __syncwarp();
+      FloatProduct::add_row_sums<typename Config::WeightTile, Config::kKeys>(sums, shared + Config::kWeightOffset,
+                                                                             warp_row);
       FloatProduct::rows_by_columns<typename Config::WeightTile, typename Config::KeyTile, Config::kKeys, true>(
           o, shared + Config::kWeightOffset, warp_row, value_tile);
       __syncwarp();
     } else {
       std::uint32_t p[C / 2][R][4];
       HalfProduct<T>::as_a(p, s);
+      if (Config::kCrowded && block > first_block) load_keys(block - 1);
       HalfProduct<T>::template fragments_by_columns<typename Config::KeyTile>(o, p, value_address);
+      if constexpr (Config::kProductSums) HalfProduct<T>::add_row_sums(sums, p);
     }
   }
 
-  finish_rows(arguments, o, state, Config::kTerms ? dropout.survivor_scale : 1.0f, batch, head, sequence, first_row);
+  finish_rows(arguments, o, sums, state, !Config::kProductSums || (Config::kTerms && dropout.active),
+              Config::kTerms ? dropout.survivor_scale : 1.0f, batch, head, sequence, first_row);
   store_output<Config>(o, query_tile, warp_row);
   __syncwarp();
   const auto out = global_rows<T>(problem.out, batch, head, sequence.query_start, head_dim_v, vectorized.out);
   store_tile<typename Config::QueryTile, 32>(query_address + warp_row * Config::QueryTile::kRowBytes, out,
                                              first_query + warp_row, min(Config::kRowsPerWarp, live_queries - warp_row),
                                              lane_id());
+  if (repaired) {
+    __syncwarp();
+    restore_not_finite<T>(arguments, batch, head, first_query + warp_row,
+                          min(Config::kRowsPerWarp, live_queries - warp_row));
+  }
 }
 
 }  // namespace onepass::cuda

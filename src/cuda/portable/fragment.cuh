@@ -12,6 +12,15 @@ ONEPASS_DEVICE void clear(float (&fragment)[R][C][4]) {
   for_each_element(fragment, [](float& x, int, int, int) { x = 0.0f; });
 }
 
+// Calls use(r, c) for every tile of a fragment.
+template <int R, int C, class Use>
+ONEPASS_DEVICE void for_each_tile(const Use& use) {
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+#pragma unroll
+    for (int c = 0; c < C; ++c) use(r, c);
+}
+
 ONEPASS_DEVICE float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -31,6 +40,7 @@ struct RowRanges {
 template <int R>
 ONEPASS_DEVICE RowRanges<R> keys_of_rows(const Problem& problem, const DeviceSequence& sequence, int first_query) {
   RowRanges<R> ranges;
+  first_query = opaque(first_query);  // wanted in masked blocks only: hoisted, the ranges would hold 4R registers
 #pragma unroll
   for (int i = 0; i < 2 * R; ++i) ranges.row[i] = visible_keys(problem, sequence, first_query + 8 * i);
   return ranges;
@@ -40,6 +50,7 @@ ONEPASS_DEVICE RowRanges<R> keys_of_rows(const Problem& problem, const DeviceSeq
 template <int R>
 ONEPASS_DEVICE RowRanges<R> queries_of_rows(const Problem& problem, const DeviceSequence& sequence, int first_key) {
   RowRanges<R> ranges;
+  first_key = opaque(first_key);
 #pragma unroll
   for (int i = 0; i < 2 * R; ++i) {
     const int key = first_key + 8 * i;

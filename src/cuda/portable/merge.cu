@@ -49,9 +49,7 @@ __global__ void __launch_bounds__(32 * kWarps) merge_kernel(const __grid_constan
 
 }  // namespace
 
-Unsupported supports_merge(const MergeProblem& problem) {
-  return common_limits("merge_states", problem.device, problem.dtype, 0);
-}
+Unsupported supports_merge(const MergeProblem& problem) { return common_limits(problem.device, problem.dtype, 0); }
 
 void merge(const MergeProblem& problem, const ExecutionContext& context) {
   const DeviceGuard guard(problem.device.index);

@@ -8,6 +8,9 @@ namespace onepass::cuda {
 Unsupported supports_forward(const Problem& problem);
 void forward(const Problem& problem, const ExecutionContext& context);
 
+Unsupported supports_backward(const BackwardProblem& problem);
+void backward(const BackwardProblem& problem, const ExecutionContext& context);
+
 Unsupported supports_merge(const MergeProblem& problem);
 void merge(const MergeProblem& problem, const ExecutionContext& context);
 

@@ -76,6 +76,39 @@ struct HalfProduct {
     }
   }
 
+  // sums[r] += the rows of P, in the layout of an accumulator whose columns are all the same.
+  template <int kSteps, int R>
+  ONEPASS_DEVICE static void add_row_sums(float (&sums)[R][4], const std::uint32_t (&p)[kSteps][R][4]) {
+    constexpr std::uint32_t kOnes = std::is_same_v<T, __half> ? 0x3C003C00u : 0x3F803F80u;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int r = 0; r < R; ++r) mma<T>(sums[r], p[step][r], kOnes, kOnes);
+  }
+
+  // d += Aᵀ·B: rows of d are columns [row, +16R) of tile a, columns of d are columns [column, +8C) of tile b, summed
+  // over the tiles' first kDepth rows.
+  template <class TileA, class TileB, int kDepth, int R, int C>
+  ONEPASS_DEVICE static void columns_by_columns(float (&d)[R][C][4], std::uint32_t tile_a, int row,
+                                                std::uint32_t tile_b, int column) {
+#pragma unroll
+    for (int step = 0; step < kDepth / 16; ++step) {
+      std::uint32_t a[R][4];
+#pragma unroll
+      for (int r = 0; r < R; ++r) load_a_transposed<TileA>(a[r], tile_a, row + 16 * r, step);
+#pragma unroll
+      for (int c = 0; c < C; c += 2) {
+        std::uint32_t b[4];
+        load_b_columns<TileB>(b, tile_b, step, column + 8 * c);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          mma<T>(d[r][c], a[r], b[0], b[1]);
+          mma<T>(d[r][c + 1], a[r], b[2], b[3]);
+        }
+      }
+    }
+  }
+
   // Accumulators of two neighbouring n8 tiles are the A fragment of one k16 step.
   template <int R, int C>
   ONEPASS_DEVICE static void as_a(std::uint32_t (&a)[C / 2][R][4], const float (&d)[R][C][4]) {

@@ -10,14 +10,16 @@ namespace onepass::cuda {
 // that the eight rows of one 8×8 matrix (same c) fall into eight different bank groups.
 template <int kRows, int kColumns>
 struct HalfTile {
-  static_assert(kColumns % 32 == 0);
+  static_assert(kColumns % 16 == 0);
   static constexpr int kBytes = kRows * kColumns * 2;
   static constexpr int kRowBytes = kColumns * 2;
   static constexpr int kChunks = kColumns / 8;  // of a row
   static constexpr int kElementsPerChunk = 8;
 
-  // Rows of 64 elements start in the same bank group; rows of 32 or 96 alternate between two.
-  ONEPASS_DEVICE static constexpr int swizzle(int row) { return kColumns % 64 == 0 ? row & 7 : (row >> 1) & 3; }
+  // Rows of 64 elements all start in the same bank group; of shorter ones, two (or four) in a row fill one.
+  ONEPASS_DEVICE static constexpr int swizzle(int row) {
+    return kColumns % 64 == 0 ? row & 7 : kColumns % 32 == 0 ? (row >> 1) & 3 : (row >> 2) & 1;
+  }
   ONEPASS_DEVICE static constexpr int offset(int row, int chunk) {
     return row * kRowBytes + ((chunk ^ swizzle(row)) << 4);
   }
@@ -68,34 +70,37 @@ ONEPASS_DEVICE uint4 gather_chunk(const T* row, int column, int columns) {
 // Starts copying rows [first, first + kRows) into a tile; rows outside `live` and columns past the head dim become
 // zeros, so that 0·NaN never comes from memory that no query may see. The copy is complete after cp_async_wait and
 // __syncthreads.
-template <class Tile, int kRows, int kThreads, class T>
+// kRecompute: addresses are worked out anew at every call, for loops that lack the registers to keep them.
+template <class Tile, int kRows, int kThreads, bool kRecompute = false, class T>
 ONEPASS_DEVICE void load_tile(std::uint32_t tile, const GlobalRows<const T>& rows, int first, int live_begin,
                               int live_end) {
-  constexpr int kTotal = kRows * Tile::kChunks;
-  constexpr int kSteps = (kTotal + kThreads - 1) / kThreads;
-  if (rows.vectorized) {
+  constexpr int kElements = Tile::kElementsPerChunk;
+  constexpr int kRowsPerStep = kThreads / Tile::kChunks;
+  constexpr bool kRegular = kThreads % Tile::kChunks == 0 && kRows % kRowsPerStep == 0;
+  if (kRegular && rows.vectorized && first >= live_begin && first + kRows <= live_end) {
+    // The common case: a thread keeps its chunk, and its address advances by a constant.
+    const int thread = kRecompute ? opaque(threadIdx.x) : threadIdx.x;
+    const int row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+    const bool valid = chunk * kElements < rows.columns;
+    const T* source = rows.data + (first + row) * rows.stride + (valid ? chunk * kElements : 0);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int index = threadIdx.x + step * kThreads;
-      if (kTotal % kThreads != 0 && index >= kTotal) break;
-      const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
-      const bool valid =
-          first + row >= live_begin && first + row < live_end && chunk * Tile::kElementsPerChunk < rows.columns;
-      const T* const source =
-          rows.data + (valid ? (first + row) * rows.stride + chunk * Tile::kElementsPerChunk : std::int64_t{0});
-      cp_async_16(tile + Tile::offset(row, chunk), source, valid);
+    for (int step = 0; step < kRows / kRowsPerStep; ++step) {
+      cp_async_16(tile + Tile::offset(row + step * kRowsPerStep, chunk), source, valid);
+      source += kRowsPerStep * rows.stride;
     }
-  } else {
+    return;
+  }
 #pragma unroll 1
-    for (int index = threadIdx.x; index < kTotal; index += kThreads) {
-      const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
-      const int token = first + row;
-      uint4 value = {0, 0, 0, 0};
-      if (token >= live_begin && token < live_end) {
-        value = gather_chunk<T, Tile::kElementsPerChunk>(rows.data + token * rows.stride,
-                                                         chunk * Tile::kElementsPerChunk, rows.columns);
-      }
-      store_shared(tile + Tile::offset(row, chunk), value);
+  for (int index = threadIdx.x; index < kRows * Tile::kChunks; index += kThreads) {
+    const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
+    const int token = first + row, column = chunk * kElements;
+    const bool live = token >= live_begin && token < live_end && column < rows.columns;
+    const T* const source = rows.data + (live ? token * rows.stride : 0);
+    const std::uint32_t destination = tile + Tile::offset(row, chunk);
+    if (rows.vectorized) {
+      cp_async_16(destination, source + (live ? column : 0), live);
+    } else {
+      store_shared(destination, live ? gather_chunk<T, kElements>(source, column, rows.columns) : uint4{0, 0, 0, 0});
     }
   }
 }

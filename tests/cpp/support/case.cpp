@@ -177,7 +177,8 @@ AttentionOptions Call::options() const {
           .sinks = sinks,
           .key_begin = key_begin,
           .key_end = key_end,
-          .dropout = {c.dropout, kDropoutSeed, kDropoutOffset}};
+          .dropout = {c.dropout, kDropoutSeed, kDropoutOffset},
+          .deterministic = deterministic};
 }
 
 void Call::forward(const ExecutionContext& context) {

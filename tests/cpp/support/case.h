@@ -90,6 +90,7 @@ struct Call {
   Tensor q, k, v, out, lse, total;
   Tensor dout, dq, dk, dv, dbias, dsinks;
   Tensor bias, sinks, slopes, cu_seqlens_q, cu_seqlens_k, key_begin, key_end;
+  bool deterministic = true;  // so that gradients can be compared bit for bit
 
   AttentionOptions options() const;
   void forward(const ExecutionContext& context);

@@ -1,0 +1,5 @@
+#include "cuda/portable/backward_instantiate.cuh"
+
+namespace onepass::cuda {
+template struct BackwardKernels<128>;
+}
