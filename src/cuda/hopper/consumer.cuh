@@ -51,35 +51,44 @@ class Consumer {
   // ---- the tile's loop over blocks --------------------------------------------------------------------------------
   ONEPASS_DEVICE void attend(const Tile& tile) {
     state_ = {{kLowestScore<Config::kTerms>, kLowestScore<Config::kTerms>}, {0.0f, 0.0f}};
-    if (tile.blocks == 0) {
+    const int row = tile.row + 64 * warpgroup_;
+    if (tile.blocks == 0 || row >= tile.seqlen_q) {  // nothing to see, or nobody to see it
+      for (int i = 0; i < 2 * tile.blocks; ++i) release_block(take_block());
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o_[i] = 0.0f;
       release_previous_query();
       return;
     }
-    const int row = tile.row + 64 * warpgroup_;
     clean_begin_ = visible_begin(problem_, tile, row + 16 * warp() + 15);
     clean_end_ = visible_end(problem_, tile, row + 16 * warp());
     scrub_ = tile.scrub;
     first_ = tile.first_block;
-    const int last = first_ + tile.blocks - 1;
-    // On the causal diagonal and in tails a warpgroup often sees only the first half of its last block.
-    if (kHalfKeys < kKeys && visible_end(problem_, tile, row + 63) <= last * kKeys + kHalfKeys) {
-      first_blocks<kHalfKeys>(last);
+    // On the causal diagonal and in tails a warpgroup often sees nothing of the tile's last block, or its first half.
+    int last = first_ + tile.blocks - 1;
+    const int end = visible_end(problem_, tile, row + 63);
+    const bool skip = tile.blocks > 1 && end <= last * kKeys;
+    if (skip) {
+      release_block(take_block());
+      --last;
+    }
+    if (kHalfKeys < kKeys && end <= last * kKeys + kHalfKeys) {
+      first_blocks<kHalfKeys>(last, skip);
     } else {
-      first_blocks<kKeys>(last);
+      first_blocks<kKeys>(last, skip);
     }
     for (int block = last - 2; block >= first_; --block) step<kKeys, false>(block);
     if (last > first_) last_values<kKeys, false>();
   }
 
+  // skipped: the values of block last + 1 are still to come.
   template <int kWidth>
-  ONEPASS_DEVICE void first_blocks(int last) {
+  ONEPASS_DEVICE void first_blocks(int last, bool skipped) {
     const int keys = take_block();
     issue_scores<Config, kWidth>(s_, query(), shared_.block(keys));
     release_previous_query();
     wgmma_wait<0>(s_);
     release_block(keys);
+    if (skipped) release_block(take_block());
     float alpha[2];
     begin_softmax<kWidth>(last, alpha);
     finish_softmax<kWidth, false>(last, alpha);
