@@ -8,7 +8,7 @@ namespace {
 
 Dropout dropout_of(double p, const OptionalTensor& state, const char* operation) {
   Dropout dropout{.p = p};
-  if (p == 0.0) return dropout;
+  if (!(p > 0.0)) return dropout;  // none, or a value that the operation refuses
   const TensorView view = view_of(state, operation, "dropout_state");
   const bool usable = view.rank == 1 && view.shape[0] == 2 && view.strides[0] == 1 && view.dtype == DType::kInt64 &&
                       view.device == Device{};

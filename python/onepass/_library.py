@@ -38,7 +38,12 @@ def translated(error: RuntimeError) -> Exception:
     # torch may append a trace of C++ frames, which are not part of the message.
     text = str(error).split("\nException raised from", 1)[0]
     match = _ERROR.match(text)
-    return error if match is None else _KINDS[match[1]](text[match.end() :])
+    if match is not None:
+        return _KINDS[match[1]](text[match.end() :])
+    # torch's own refusal of an argument that does not fit the schema
+    if text.startswith("onepass::") and "Expected a value of type" in text:
+        return TypeError(" ".join(text.split("\n", 1)[0].removeprefix("onepass::").split()))
+    return error
 
 
 def call(operation: Any, *args: Any, **kwargs: Any) -> Any:

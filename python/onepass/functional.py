@@ -95,24 +95,28 @@ def attention(
         TypeError: a dtype or device that the operation does not take.
         NotImplementedError: a request that no backend here serves; the message says why.
     """
-    if (
-        window is None
-        and bias is None
-        and sinks is None
-        and alibi_slopes is None
-        and key_begin is None
-        and key_end is None
-        and not (softcap or dropout_p or return_lse or return_total_attention)
-        and alignment == "bottom_right"
-        and not _autocast_enabled()
-        and not (_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-    ):
-        if _is_compiling():
-            return _plain_attention(q, k, v, causal, softmax_scale)
-        try:
+    try:
+        plain = (
+            window is None
+            and bias is None
+            and sinks is None
+            and alibi_slopes is None
+            and key_begin is None
+            and key_end is None
+            and not (softcap or dropout_p or return_lse or return_total_attention)
+            and alignment == "bottom_right"
+            and not _autocast_enabled()
+            and not (_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        )
+        if plain:
+            if _is_compiling():
+                return _plain_attention(q, k, v, causal, softmax_scale)
             return _plain_attention_eager(q, k, v, causal, softmax_scale)
-        except RuntimeError as error:
-            raise translated(error) from None
+    except AttributeError:
+        _check_tensors("attention", q=q, k=k, v=v)
+        raise
+    except RuntimeError as error:
+        raise translated(error) from None
     result = attention_with_state(
         q,
         k,
@@ -202,11 +206,14 @@ def attention_with_state(
     :func:`draw_dropout_state`); without it one is drawn when ``score.dropout_p`` > 0.
     """
     operation = "attention" if ragged is None else "varlen_attention"
+    _check_tensors(operation, q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
     tensors = _prepared(operation, q, tensors, score)
     cu_seqlens_q, cu_seqlens_k, limits = (None, None, VarlenLimits()) if ragged is None else ragged
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32)
+        _check_tensors(operation, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        cu_seqlens_q = _as_int32(operation, "cu_seqlens_q", cu_seqlens_q)
+        cu_seqlens_k = _as_int32(operation, "cu_seqlens_k", cu_seqlens_k)
     if _needs_gradient(q, k, v, tensors.bias, tensors.sinks):
         out, lse, total_attention = call(
             Attention.apply, *_distinct(q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k), limits, score, deterministic,
@@ -285,6 +292,18 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _check_tensors(operation: str, **tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operation}: {name}: got {type(tensor).__name__}; need torch.Tensor")
+
+
+def _as_int32(operation: str, name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{operation}: {name}: got {tensor.dtype}; need int32 (or int64, which is converted)")
+    return tensor.to(torch.int32)
 
 
 def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
