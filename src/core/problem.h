@@ -104,7 +104,7 @@ struct Problem {
   bool deterministic = false;
 
   constexpr bool ragged() const { return cu_seqlens_q != nullptr; }
-  constexpr std::int64_t group_size() const { return num_heads / num_heads_kv; }
+  constexpr std::int64_t group_size() const { return num_heads_kv == 0 ? 1 : num_heads / num_heads_kv; }
 };
 
 // The backward pass of `forward`, whose out and lse hold what the forward pass wrote.

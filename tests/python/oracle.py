@@ -49,6 +49,7 @@ class Result:
     lse: Tensor
     total_attention: Tensor
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    addends: dict[str, float] = field(default_factory=dict)
 
 
 def visible(seqlen_q: int, seqlen_k: int, batch: int, options: Options, device: torch.device) -> Tensor:
@@ -129,15 +130,32 @@ def with_gradients(
     differentiable = replace(options, bias=variables.get("bias"), sinks=variables.get("sinks"))
     result = attention(variables["q"], variables["k"], variables["v"], differentiable, dtype, keep)
     gradients = torch.autograd.grad(result.out, list(variables.values()), dout.to(dtype))
-    return replace(result, gradients=dict(zip(variables, gradients, strict=True)))
+    return replace(
+        result, gradients=dict(zip(variables, gradients, strict=True)), addends=_addends(q, k, v, options, dout)
+    )
+
+
+def _addends(q: Tensor, k: Tensor, v: Tensor, options: Options, dout: Tensor) -> dict[str, float]:
+    """The size of what is summed into each gradient. dP − delta may cancel, wholly where a row sees a single key, and
+    leaves the rounding of dP = dout·vᵀ.
+    """
+
+    def largest(tensor: Tensor) -> float:
+        finite = tensor.double().abs()
+        return finite[finite.isfinite()].max().item() if finite.isfinite().any() else 0.0
+
+    scale = abs(options.softmax_scale if options.softmax_scale is not None else q.shape[-1] ** -0.5)
+    group = q.shape[1] // max(k.shape[1], 1)
+    dp = largest(dout.double() @ v.double().repeat_interleave(group, 1).transpose(-1, -2))
+    return {"q": dp * scale * largest(k), "k": dp * scale * largest(q), "v": 0.0, "bias": dp, "sinks": dp}
 
 
 # Comparison -------------------------------------------------------------------------------------------------------
 
 
-def assert_as_good_as_naive(actual: Tensor, exact: Tensor, naive: Tensor, what: str = "") -> None:
+def assert_as_good_as_naive(actual: Tensor, exact: Tensor, naive: Tensor, what: str = "", addends: float = 0.0) -> None:
     """NaN and infinities at the same places, and the largest error at most twice that of the naive implementation in
-    the same dtype, plus four roundings of the largest value (64 in float64, where the naive one is the oracle).
+    the same dtype, plus four roundings of the largest value or addend (64 in float64: the naive one is the oracle).
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, need {tuple(exact.shape)}"
     result, expected, rounded = actual.detach().double(), exact.detach().double(), naive.detach().double()
@@ -151,5 +169,6 @@ def assert_as_good_as_naive(actual: Tensor, exact: Tensor, naive: Tensor, what: 
     error = (result - expected)[finite].abs().max().item()
     naive_error = (rounded - expected)[finite].nan_to_num(0.0, 0.0, 0.0).abs().max().item()
     roundings = 64 if actual.dtype == torch.float64 else 4
-    floor = roundings * torch.finfo(actual.dtype).eps * expected[finite].abs().max().item()
+    largest = max(expected[finite].abs().max().item(), addends)
+    floor = roundings * torch.finfo(actual.dtype).eps * largest
     assert error <= 2 * naive_error + floor, f"{what}: error {error:.3g}, naive {naive_error:.3g}, floor {floor:.3g}"

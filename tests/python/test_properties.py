@@ -180,4 +180,6 @@ def test_random_calls(data: st.DataObject) -> None:
     oracle.assert_as_good_as_naive(result.out, exact.out, naive.out, "out")
     oracle.assert_as_good_as_naive(result.lse, exact.lse, naive.lse, "lse")
     for name, gradient in zip("qkv", torch.autograd.grad(result.out, variables, dout), strict=True):
-        oracle.assert_as_good_as_naive(gradient, exact.gradients[name], naive.gradients[name], f"gradient of {name}")
+        oracle.assert_as_good_as_naive(
+            gradient, exact.gradients[name], naive.gradients[name], f"gradient of {name}", exact.addends[name]
+        )

@@ -160,7 +160,9 @@ def test_routing(options: dict[str, Any], dtype: torch.dtype) -> None:
     naive = oracle.with_gradients(q, k, v, reference, dout, dtype)
     oracle.assert_as_good_as_naive(out, exact.out, naive.out, "out")
     for name, gradient in zip("qkv", gradients, strict=True):
-        oracle.assert_as_good_as_naive(gradient, exact.gradients[name], naive.gradients[name], name)
+        oracle.assert_as_good_as_naive(
+            gradient, exact.gradients[name], naive.gradients[name], name, exact.addends[name]
+        )
 
 
 def test_routing_begins_and_ends() -> None:
