@@ -11,8 +11,7 @@
 #define ONEPASS_CPU_DECODE_INL_H_
 #endif
 
-#include <hwy/cache_control.h>
-
+#include "cpu/cache_reader.h"
 #include "cpu/dequant-inl.h"
 #include "cpu/transpose-inl.h"
 
@@ -29,10 +28,10 @@ inline constexpr std::int64_t kConvertedKeys = 16, kConvertedValues = 32;
 // Row stride of converted rows: a constant, so that rows are addressed by displacement; odd in cache lines.
 inline constexpr std::int64_t kConvertedStride = 512 + 16;
 
-// How many keys ahead rows are fetched: about 8 KB, which is what latency times bandwidth of one core asks for.
+// How many keys ahead rows are fetched: about 12 KB (measured: 4 to 32 KB within 5 %).
 template <class T>
 HWY_INLINE std::int64_t keys_ahead(std::int64_t dim) {
-  const std::int64_t keys = 8192 / (dim * static_cast<std::int64_t>(sizeof(T)));
+  const std::int64_t keys = 12288 / (dim * static_cast<std::int64_t>(sizeof(T)));
   return keys < 8 ? 8 : keys > kDecodeKeys ? kDecodeKeys : keys;
 }
 
@@ -75,7 +74,7 @@ HWY_NOINLINE void score_one_row(const T* const* rows, const T* const* next, std:
       for (int i = 0; i < kLanes; ++i) {
         Floats kv[kVectors];
         Unpack<T>::load(rows[key + i] + d, kv);
-        hwy::Prefetch(next[key + i] + d);
+        fetch_ahead(next[key + i] + d);
         HWY_UNROLL(4)
         for (int j = 0; j < kVectors; ++j) sums[i] = hn::MulAdd(kv[j], qv[j], sums[i]);
       }
@@ -139,7 +138,7 @@ HWY_NOINLINE void convert_block(const T* const* rows, const T* const* next, cons
     for (std::int64_t d = 0; d < dim; d += kVectors * kLanes) {
       Floats v[kVectors];
       Unpack<T>::load(row + d, v);
-      hwy::Prefetch(next[key] + d);
+      fetch_ahead(next[key] + d);
       HWY_UNROLL(4)
       for (int j = 0; j < kVectors; ++j) hn::Store(v[j], f, to + d + j * kLanes);
     }
@@ -162,7 +161,7 @@ HWY_INLINE void add_value_columns(const T* const* rows, const T* const* next, co
     HWY_UNROLL(8)
     for (int j = 0; j < kWidth; j += kVectors) {
       Unpack<T>::load(rows[key] + s + j * kLanes, v + j);
-      hwy::Prefetch(next[key] + s + j * kLanes);
+      fetch_ahead(next[key] + s + j * kLanes);
     }
     HWY_UNROLL(16)
     for (int r = 0; r < kRows; ++r) {

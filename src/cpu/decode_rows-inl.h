@@ -209,6 +209,8 @@ class DecodeTask {
                                                 std::min(first + kDecodeKeys, task_.end)};
       if (with_k) reader_.rows(problem_.cache.k, keys, kDecodeKeys, k + at);
       if (with_v) reader_.rows(problem_.cache.v, keys, kDecodeKeys, v + at);
+      if (with_k && !k_.group_scales) reader_.fetch_scales(problem_.cache.k_scale, keys);
+      if (with_v && !v_.group_scales) reader_.fetch_scales(problem_.cache.v_scale, keys);
       return keys;
     };
     if (task_.begin >= task_.end) return;
@@ -239,7 +241,7 @@ class DecodeTask {
         // A key that does not exist stands for its nearest, as its row does.
         const std::int64_t key = std::clamp(block.keys.first + i, block.keys.begin, block.keys.end - 1);
         const float* groups = side.group_scales ? reader_.group_scales(scale, key) : nullptr;
-        for (std::int64_t d = 0; d < side.dim; d += kLineElements) hwy::Prefetch(next[i] + d);
+        for (std::int64_t d = 0; d < side.dim; d += kLineElements) fetch_ahead(next[i] + d);
         dequantize_row(rows[i], side.dim, groups, problem_.cache.group_channels, to);
         std::fill(to + side.dim, to + side.positions, 0.0f);
       } else {
@@ -419,7 +421,7 @@ class DecodeTask {
     for_each_block(false, true, [&](const Block& block) {
       softmax(block, s_.scores + tile);
       keep_large(block, s_.scores + tile);
-      for (std::int64_t n = 0; n < count_; ++n) fetch_ahead(block.v[s_.keys[n]]);
+      for (std::int64_t n = 0; n < count_; ++n) fetch_value(block.v[s_.keys[n]]);
       Block alone = block;  // the next block's rows may not be needed
       alone.v_next = block.v;
       if (count_ > 0) add_values(alone, s_.scores + tile);
@@ -427,8 +429,8 @@ class DecodeTask {
     });
   }
 
-  void fetch_ahead(const T* row) const {
-    for (std::int64_t d = 0; d < v_.dim; d += kLineElements) hwy::Prefetch(row + d);
+  void fetch_value(const T* row) const {
+    for (std::int64_t d = 0; d < v_.dim; d += kLineElements) fetch_ahead(row + d);
   }
 
   void keep_large(const Block& block, float* weights) {
