@@ -73,16 +73,15 @@ struct Panel {
 struct KeyBlock {
   std::int64_t first = 0, count = 0;
   Broadcast k = {}, v = {};
-  float* k_floats = nullptr;  // null when the operands are floats and are read in place
+  float* k_floats = nullptr;  // null: read in place
   float* v_floats = nullptr;
 
   // No power-of-two row stride: rows would share L1 sets.
   static std::int64_t row_stride(std::int64_t dim) { return padded(dim) + 16; }
 
   void take(Arena& arena, const Problem& problem, const PanelShape& shape) {
-    if (problem.dtype == DType::kFloat32) return;
-    k_floats = arena.take<float>(shape.keys * row_stride(shape.dim));
-    v_floats = arena.take<float>(shape.keys * row_stride(shape.dim_v));
+    if (copies(problem, problem.k, shape)) k_floats = arena.take<float>(shape.keys * row_stride(shape.dim));
+    if (copies(problem, problem.v, shape)) v_floats = arena.take<float>(shape.keys * row_stride(shape.dim_v));
   }
 
   template <class T>
@@ -99,16 +98,21 @@ struct KeyBlock {
   }
 
  private:
+  // Floats are read in place, unless the rows of a block would share the same L1 sets (4 KB apart, as in a
+  // (batch, seqlen, heads, dim) tensor) and enough panels share the copy.
+  static bool copies(const Problem& problem, const Operand& operand, const PanelShape& shape) {
+    return problem.dtype != DType::kFloat32 || (shape.panels >= 4 && operand.token_stride % 1024 == 0);
+  }
+
   template <class T>
   static Broadcast as_floats(const Operand& operand, const RowSet& rows, std::int64_t first_key, std::int64_t keys,
                              std::int64_t dim, float* converted) {
     const T* const source = operand.row<T>(rows.batch, rows.head_kv, rows.sequence.key_start + first_key);
     if constexpr (std::is_same_v<T, float>) {
-      return {source, operand.token_stride};
-    } else {
-      convert_rows(source, operand.token_stride, keys, dim, converted, row_stride(dim));
-      return {converted, row_stride(dim)};
+      if (converted == nullptr) return {source, operand.token_stride};
     }
+    convert_rows(source, operand.token_stride, keys, dim, converted, row_stride(dim));
+    return {converted, row_stride(dim)};
   }
 };
 
