@@ -155,7 +155,8 @@ def _addends(q: Tensor, k: Tensor, v: Tensor, options: Options, dout: Tensor) ->
 
 def assert_as_good_as_naive(actual: Tensor, exact: Tensor, naive: Tensor, what: str = "", addends: float = 0.0) -> None:
     """NaN and infinities at the same places, and the largest error at most twice that of the naive implementation in
-    the same dtype, plus four roundings of the largest value or addend (64 in float64: the naive one is the oracle).
+    the same dtype, plus four roundings of the largest value or addend (64 in float64: the naive one is the oracle; an
+    LSE is a logit plus a logarithm of order 1).
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, need {tuple(exact.shape)}"
     result, expected, rounded = actual.detach().double(), exact.detach().double(), naive.detach().double()
