@@ -270,7 +270,8 @@ class Consumer {
   // Completes the row's sum, writes its LSE and returns the factor that turns O into the output.
   ONEPASS_DEVICE float finish_row(const Tile& tile, int r, int row) {
     float sum = quad_sum(state_.sum[r]), top = state_.max[r], rescale = 1.0f;
-    if (problem_.sinks != nullptr && tile.split == 0) {
+    const bool empty = sum == 0.0f;  // a row without a visible key stays so, whatever its sink
+    if (problem_.sinks != nullptr && !empty && plan_.splits == 1) {
       const float sink = load_as_float(problem_.sinks, problem_.sinks_dtype, tile.head) *
                          (Config::kTerms ? 1.0f : 1.0f / problem_.softmax_scale);
       const float with_sink = fmaxf(top, sink);
@@ -278,7 +279,6 @@ class Consumer {
       sum = fmaf(sum, rescale, exp2_approx((sink - with_sink) * unit_));
       top = with_sink;
     }
-    const bool empty = sum == 0.0f;
     const float lse = empty ? -kInfinity : fmaf(top, unit_ * kLn2, log2_approx(sum) * kLn2);
     if (lane() % 4 == 0 && row < tile.seqlen_q) {
       if (plan_.splits > 1) {

@@ -1,5 +1,5 @@
-// cuda/hopper/merge_splits.cu: combines the partial results of split keys: lse = log Σ e^lseₛ, out = Σ e^(lseₛ −
-// lse)·outₛ.
+// cuda/hopper/merge_splits.cu: combines the partial results of split keys and the sink.
+// lse = log(Σ e^lseₛ + e^sink), out = Σ e^(lseₛ − lse)·outₛ.
 #include "cuda/common/sequence.cuh"
 #include "cuda/device.h"
 #include "cuda/hopper/kernels.h"
@@ -22,10 +22,17 @@ __global__ void merge_kernel(const __grid_constant__ Problem problem, const __gr
   const float* const lse = plan.partial_lse + row;
 
   float top = -kInfinity;
-  for (int s = 0; s < plan.splits; ++s) top = fmaxf(top, lse[s * rows]);
+  for (int s = 0; s < plan.splits; ++s) {
+    const float part = lse[s * rows];
+    if (part > top || part != part) top = part;  // a NaN stays
+  }
   float sum = 0.0f;
   if (top != -kInfinity) {
-    for (int s = 0; s < plan.splits; ++s) sum += exp2_approx((lse[s * rows] - top) * kLog2e);
+    const float sink = problem.sinks != nullptr ? load_as_float(problem.sinks, problem.sinks_dtype, head) : -kInfinity;
+    const float highest = fmaxf(top, sink);
+    for (int s = 0; s < plan.splits; ++s) sum += exp2_approx((lse[s * rows] - highest) * kLog2e);
+    sum += exp2_approx((sink - highest) * kLog2e);
+    top = highest;
   }
   T* const out = problem.out.template row<T>(batch, head, token);
   for (int column = 2 * lane; column < problem.head_dim_v; column += 64) {
