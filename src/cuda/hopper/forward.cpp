@@ -8,6 +8,8 @@
 #include "cuda/device.h"
 #include "cuda/hopper/kernels.h"
 #include "cuda/hopper/tensor_map.h"
+#include "cuda/portable/ragged.h"
+#include "cuda/portable/total_attention.h"
 
 namespace onepass::cuda::hopper {
 namespace {
@@ -84,30 +86,7 @@ Plan make_plan(const Problem& p, const ForwardKernel& kernel, int multiprocessor
   return plan;
 }
 
-}  // namespace
-
-Unsupported supports_forward(const Problem& p) {
-  if (device_info(p.device.index).compute_capability != 90) return "a device that is not sm_90";
-  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return std::string(name_of(p.dtype)) + " tensors";
-  if (p.total_attention) return "total attention";
-  if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim above 256";
-  if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) return "head_dim that is no multiple of 8";
-  if (p.head_dim == 0 || p.head_dim_v == 0 || p.batch == 0 || p.num_heads == 0) return "an empty dimension";
-  if (p.total_q == 0 || p.total_k == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "an empty dimension";
-  if (std::max({p.seqlen_q, p.seqlen_k, p.total_q / 4, p.total_k / 4}) > kMaxTokens) return "more than 2^28 tokens";
-  if (p.window_left > kMaxTokens || p.window_right > kMaxTokens) return "a window beyond 2^28";
-  if (auto reason = tma_rejects("q", p.q, query_shape(p, p.head_dim))) return reason;
-  if (auto reason = tma_rejects("k", p.k, key_shape(p, p.head_dim))) return reason;
-  if (auto reason = tma_rejects("v", p.v, key_shape(p, p.head_dim_v))) return reason;
-  if (reinterpret_cast<std::uintptr_t>(p.out.data) % 4 != 0 ||
-      (p.out.token_stride | p.out.head_stride | p.out.batch_stride) % 2 != 0) {
-    return "out: address or a stride off 4 bytes";
-  }
-  return std::nullopt;
-}
-
-void forward(const Problem& problem, const ExecutionContext& context) {
-  const DeviceGuard guard(problem.device.index);
+void attend(const Problem& problem, const ExecutionContext& context) {
   const int multiprocessors = device_info(problem.device.index).multiprocessors;
   const ForwardKernel& kernel = choose_kernel(problem);
   Plan plan = make_plan(problem, kernel, multiprocessors);
@@ -140,6 +119,42 @@ void forward(const Problem& problem, const ExecutionContext& context) {
   const LaunchShape shape{.blocks = grid, .threads = kernel.threads, .shared_memory = kernel.shared_memory};
   launch(problem.operation, kernel.function, shape, problem.device.index, context.stream, q, k, v, out, problem, plan);
   if (plan.splits > 1) merge_splits(problem, plan, context.stream);
+}
+
+}  // namespace
+
+Unsupported supports_forward(const Problem& p) {
+  if (device_info(p.device.index).compute_capability != 90) return "a device that is not sm_90";
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return std::string(name_of(p.dtype)) + " tensors";
+  if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim above 256";
+  if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) return "head_dim that is no multiple of 8";
+  if (p.head_dim == 0 || p.head_dim_v == 0 || p.batch == 0 || p.num_heads == 0) return "an empty dimension";
+  if (p.total_q == 0 || p.total_k == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "an empty dimension";
+  if (std::max({p.seqlen_q, p.seqlen_k, p.total_q / 4, p.total_k / 4}) > kMaxTokens) return "more than 2^28 tokens";
+  if (p.window_left > kMaxTokens || p.window_right > kMaxTokens) return "a window beyond 2^28";
+  if (auto reason = tma_rejects("q", p.q, query_shape(p, p.head_dim))) return reason;
+  if (auto reason = tma_rejects("k", p.k, key_shape(p, p.head_dim))) return reason;
+  if (auto reason = tma_rejects("v", p.v, key_shape(p, p.head_dim_v))) return reason;
+  if (reinterpret_cast<std::uintptr_t>(p.out.data) % 4 != 0 ||
+      (p.out.token_stride | p.out.head_stride | p.out.batch_stride) % 2 != 0) {
+    return "out: address or a stride off 4 bytes";
+  }
+  return std::nullopt;
+}
+
+void forward(const Problem& problem, const ExecutionContext& context) {
+  const DeviceGuard guard(problem.device.index);
+  // Total attention is a second pass over the keys, which needs the LSE also where the caller did not ask for it.
+  const bool own_lse = problem.total_attention && !problem.lse;
+  const Workspace lse(context, problem.device, own_lse ? problem.num_heads * problem.total_q * sizeof(float) : 0);
+  Problem attended = problem;
+  if (own_lse) {
+    const std::int64_t tokens = problem.ragged() ? problem.total_q : problem.seqlen_q;
+    attended.lse = {lse.as<float>(), problem.ragged() ? 0 : problem.num_heads * tokens, tokens, 1};
+  }
+  if (problem.ragged()) clear_unowned_queries(attended, problem.out, problem.head_dim_v, attended.lse, context);
+  attend(attended, context);
+  if (problem.total_attention) sum_columns(attended, context);
 }
 
 }  // namespace onepass::cuda::hopper
