@@ -1,6 +1,7 @@
 // Every present backend against the oracle, over the table of cases.
 #include <gtest/gtest.h>
 
+#include "core/backend.h"
 #include "support/cases.h"
 #include "support/compare.h"
 #include "support/naive.h"
@@ -19,7 +20,12 @@ TEST_P(Accuracy, WithinTwiceTheNaiveError) {
   instance.device = target.device();
   Call call(instance, target.dtype);
   call.deterministic = false;
-  call.forward(target.context());
+  try {
+    call.forward(target.context());
+  } catch (const Error& error) {  // the one backend that leaves shapes and layouts to the next
+    if (target.backend != kHopperBackend.name || error.code() != ErrorCode::kUnsupported) throw;
+    GTEST_SKIP() << error.what();
+  }
   if (has_backward(target)) call.backward(target.context());
   Results got = call.results(), want = oracle(instance), yardstick = naive(instance, target.dtype);
   if (!has_backward(target)) {

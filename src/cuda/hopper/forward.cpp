@@ -8,6 +8,7 @@
 #include "cuda/device.h"
 #include "cuda/hopper/kernels.h"
 #include "cuda/hopper/tensor_map.h"
+#include "cuda/portable/operations.h"
 #include "cuda/portable/ragged.h"
 #include "cuda/portable/total_attention.h"
 
@@ -132,6 +133,9 @@ Unsupported supports_forward(const Problem& p) {
   if (p.total_q == 0 || p.total_k == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "an empty dimension";
   if (std::max({p.seqlen_q, p.seqlen_k, p.total_q / 4, p.total_k / 4}) > kMaxTokens) return "more than 2^28 tokens";
   if (p.window_left > kMaxTokens || p.window_right > kMaxTokens) return "a window beyond 2^28";
+  if (p.total_attention) {  // the portable kernels' part
+    if (auto reason = cuda::supports_forward(p)) return reason;
+  }
   if (auto reason = tma_rejects("q", p.q, query_shape(p, p.head_dim))) return reason;
   if (auto reason = tma_rejects("k", p.k, key_shape(p, p.head_dim))) return reason;
   if (auto reason = tma_rejects("v", p.v, key_shape(p, p.head_dim_v))) return reason;
