@@ -1,5 +1,5 @@
-/* onepass/onepass_c.h: the C interface. It mirrors the C++ one (attention.h, piecewise.h, execution.h), which explains
- * what each argument means.
+/* onepass/onepass_c.h: the C interface. It mirrors the C++ one (attention.h, piecewise.h, kv_cache.h, execution.h),
+ * which explains what each argument means.
  *
  * Every function that can fail returns an onepass_status; onepass_last_error() then says why. Nothing is written when a
  * call is refused, and nothing throws, prints or aborts. Every struct begins with its size: start from its _INIT macro.
@@ -127,6 +127,75 @@ typedef struct onepass_varlen_shape {
 #define ONEPASS_VARLEN_SHAPE_INIT \
   { sizeof(onepass_varlen_shape), 0, NULL, NULL, 0, 0 }
 
+/* What shares one scale of a quantized cache; see kv_cache.h. */
+enum {
+  ONEPASS_SCALE_NONE = 0,
+  ONEPASS_SCALE_TENSOR = 1,
+  ONEPASS_SCALE_TOKEN = 2,
+  ONEPASS_SCALE_HEAD = 3,
+  ONEPASS_SCALE_GROUP = 4
+};
+
+typedef struct onepass_kv_cache {
+  uint32_t struct_size;
+  uint32_t reserved; /* 0 */
+  const onepass_tensor* k;
+  const onepass_tensor* v;
+  const onepass_tensor* page_table; /* only of a paged cache */
+  const onepass_tensor* seqlens;
+  const onepass_tensor* k_scale;
+  const onepass_tensor* v_scale;
+  int32_t scale_granularity;
+  int32_t reserved2; /* 0 */
+  int64_t scale_group;
+  const onepass_tensor* first_key;
+  const onepass_tensor* batch_index;
+} onepass_kv_cache;
+#define ONEPASS_KV_CACHE_INIT \
+  { sizeof(onepass_kv_cache), 0, NULL, NULL, NULL, NULL, NULL, NULL, ONEPASS_SCALE_NONE, 0, 0, NULL, NULL }
+
+typedef struct onepass_rotary {
+  uint32_t struct_size;
+  int32_t interleaved; /* pairs are channels (2i, 2i + 1); else (i, i + pairs) */
+  const onepass_tensor* cos;
+  const onepass_tensor* sin;
+} onepass_rotary;
+#define ONEPASS_ROTARY_INIT \
+  { sizeof(onepass_rotary), 0, NULL, NULL }
+
+typedef struct onepass_append_options {
+  uint32_t struct_size;
+  int32_t keep_seqlens; /* not 0: the caller adds the new tokens to the cache's seqlens */
+  const onepass_tensor* cu_seqlens;
+  const onepass_tensor* seqlens;
+  const onepass_rotary* rotary;
+} onepass_append_options;
+#define ONEPASS_APPEND_OPTIONS_INIT \
+  { sizeof(onepass_append_options), 0, NULL, NULL, NULL }
+
+typedef struct onepass_cached_options {
+  uint32_t struct_size;
+  int32_t keep_seqlens;
+  uint64_t flags; /* ONEPASS_CAUSAL (set by INIT), ONEPASS_ALIBI_ZERO_FOR_FUTURE, ONEPASS_SOFTMAX_SCALE */
+  double softmax_scale;
+  int64_t window_left, window_right;
+  double softcap;
+  const onepass_tensor* alibi_slopes;
+  const onepass_tensor* sinks;
+  const onepass_tensor* cu_seqlens_q;
+  int64_t max_seqlen_q;
+  const onepass_tensor* k_new;
+  const onepass_tensor* v_new;
+  const onepass_rotary* rotary;
+  int64_t num_splits;
+  double prob_threshold;
+} onepass_cached_options;
+#define ONEPASS_CACHED_OPTIONS_INIT                                                                                \
+  {                                                                                                                \
+    sizeof(onepass_cached_options), 0, ONEPASS_CAUSAL, 0.0, ONEPASS_UNBOUNDED, ONEPASS_UNBOUNDED, 0.0, NULL, NULL, \
+        NULL, 0, NULL, NULL, NULL, 0, 0.0                                                                          \
+  }
+
 /* Memory for workspace, aligned to at least 256 bytes; NULL when there is none. */
 typedef void* (*onepass_allocate)(void* user, size_t bytes, onepass_device_type device_type, int32_t device_index,
                                   void* stream);
@@ -193,6 +262,15 @@ ONEPASS_API onepass_status onepass_merge_states(const onepass_tensor* out_a, con
                                                 const onepass_tensor* out_b, const onepass_tensor* lse_b,
                                                 const onepass_tensor* out, const onepass_tensor* lse,
                                                 const onepass_context* context);
+
+ONEPASS_API onepass_status onepass_append_kv(const onepass_kv_cache* cache, const onepass_tensor* k_new,
+                                             const onepass_tensor* v_new, const onepass_append_options* options,
+                                             const onepass_context* context);
+
+ONEPASS_API onepass_status onepass_cached_attention(const onepass_tensor* q, const onepass_kv_cache* cache,
+                                                    const onepass_attention_outputs* outputs,
+                                                    const onepass_cached_options* options,
+                                                    const onepass_context* context);
 
 ONEPASS_API onepass_status onepass_alibi_slope(int64_t head, int64_t num_heads, int32_t geometric, double* slope);
 

@@ -209,6 +209,54 @@ static void test_merge(void) {
                 "merge_states: lse_b: got a null pointer", "a tensor");
 }
 
+/* Two appends to a cache of 4 tokens, attention over it with a third token brought along, and a cache that is full. */
+static void test_cache(void) {
+  fixture f;
+  float k[KEYS * DIM] = {0}, v[KEYS * DIM] = {0}, token_k[DIM] = {0}, token_v[DIM] = {5, 7};
+  int32_t seqlens[1] = {0};
+  const int64_t token_shape[] = {1, 1, 1, DIM}, seqlens_shape[] = {1}, one_query[] = {1, HEADS, 1, DIM};
+  const int64_t one_lse[] = {1, HEADS, 1};
+  onepass_tensor tk = tensor(k, ONEPASS_FLOAT32, 4, key_shape), tv = tensor(v, ONEPASS_FLOAT32, 4, key_shape);
+  onepass_tensor tk_new = tensor(token_k, ONEPASS_FLOAT32, 4, token_shape);
+  onepass_tensor tv_new = tensor(token_v, ONEPASS_FLOAT32, 4, token_shape);
+  onepass_tensor tseqlens = tensor(seqlens, ONEPASS_INT32, 1, seqlens_shape);
+  onepass_kv_cache cache = ONEPASS_KV_CACHE_INIT;
+  onepass_append_options append = ONEPASS_APPEND_OPTIONS_INIT;
+  onepass_cached_options options = ONEPASS_CACHED_OPTIONS_INIT;
+  prepare(&f);
+  cache.k = &tk;
+  cache.v = &tv;
+  cache.seqlens = &tseqlens;
+  CHECK_OK(onepass_append_kv(&cache, &tk_new, &tv_new, NULL, NULL));
+  CHECK(seqlens[0] == 1 && v[0] == 5.0f && v[1] == 7.0f && v[2] == 0.0f);
+  token_v[0] = 1.0f;
+  append.keep_seqlens = 1;
+  CHECK_OK(onepass_append_kv(&cache, &tk_new, &tv_new, &append, NULL));
+  CHECK(seqlens[0] == 1 && v[2] == 1.0f);
+  seqlens[0] = 2;
+  f.tq = tensor(f.q, ONEPASS_FLOAT32, 4, one_query);
+  f.tout = tensor(f.out, ONEPASS_FLOAT32, 4, one_query);
+  f.tlse = tensor(f.lse, ONEPASS_FLOAT32, 3, one_lse);
+  f.outputs.total_attention = NULL;
+  CHECK_OK(onepass_cached_attention(&f.tq, &cache, &f.outputs, NULL, NULL));
+  CHECK(near(f.out[0], 3.0) && near(f.out[1], 7.0) && near(f.lse[0], log(2.0)));
+  token_v[0] = 3.0f;
+  options.k_new = &tk_new;
+  options.v_new = &tv_new;
+  CHECK_OK(onepass_cached_attention(&f.tq, &cache, &f.outputs, &options, NULL));
+  CHECK(seqlens[0] == 3 && near(f.out[DIM], 3.0) && near(f.lse[1], log(3.0)));
+  CHECK_OK(onepass_append_kv(&cache, &tk_new, &tv_new, NULL, NULL));
+  CHECK(onepass_append_kv(&cache, &tk_new, &tv_new, NULL, NULL) == ONEPASS_INVALID_ARGUMENT && seqlens[0] == 4);
+  options.flags = ONEPASS_DETERMINISTIC; /* has no meaning here */
+  CHECK_REFUSED(onepass_cached_attention(&f.tq, &cache, &f.outputs, &options, NULL), ONEPASS_INVALID_ARGUMENT,
+                "cached_attention: options.flags: got 8", "the bits in");
+  cache.seqlens = NULL;
+  CHECK_REFUSED(onepass_append_kv(&cache, &tk_new, &tv_new, NULL, NULL), ONEPASS_INVALID_ARGUMENT,
+                "append_kv: cache.seqlens: got a null pointer", "a tensor");
+  CHECK_REFUSED(onepass_append_kv(NULL, &tk_new, &tv_new, NULL, NULL), ONEPASS_INVALID_ARGUMENT,
+                "append_kv: cache: got a null pointer", "a struct");
+}
+
 static void test_refusals(void) {
   fixture f;
   onepass_attention_options options = ONEPASS_ATTENTION_OPTIONS_INIT;
@@ -239,7 +287,7 @@ static void test_refusals(void) {
   CHECK_REFUSED(forward(&f, NULL, NULL), ONEPASS_INVALID_ARGUMENT, "outputs.struct_size: got 0", "the size in version");
   prepare(&f);
   options.flags = UINT64_C(1) << 40;
-  CHECK_REFUSED(forward(&f, &options, NULL), ONEPASS_INVALID_ARGUMENT, "options.flags", "bits up to");
+  CHECK_REFUSED(forward(&f, &options, NULL), ONEPASS_INVALID_ARGUMENT, "options.flags", "the bits in");
   options = (onepass_attention_options)ONEPASS_ATTENTION_OPTIONS_INIT;
   options.struct_size += 8;
   CHECK_REFUSED(forward(&f, &options, NULL), ONEPASS_INVALID_ARGUMENT, "options.struct_size", "the size in version");
@@ -348,6 +396,7 @@ int main(void) {
   test_varlen();
   test_piecewise();
   test_merge();
+  test_cache();
   test_refusals();
   test_callbacks();
   test_last_error_is_of_the_thread();
