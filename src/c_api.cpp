@@ -19,15 +19,12 @@ static_assert(ONEPASS_CUDA == static_cast<int>(DeviceType::kCuda));
 static_assert(ONEPASS_INVALID_ARGUMENT == static_cast<int>(ErrorCode::kInvalidArgument));
 static_assert(ONEPASS_INTERNAL == static_cast<int>(ErrorCode::kInternal));
 
-constexpr std::uint64_t kKnownFlags =
-    ONEPASS_CAUSAL | ONEPASS_TOP_LEFT | ONEPASS_ALIBI_ZERO_FOR_FUTURE | ONEPASS_DETERMINISTIC | ONEPASS_SOFTMAX_SCALE;
-
 // A fixed array, so that reporting an error needs no memory.
 thread_local char last_error[1024] = "";
 
 onepass_status fail(onepass_status status, const char* message) {
   std::size_t length = std::min(std::strlen(message), sizeof(last_error) - 1);
-  while (length > 0 && length == sizeof(last_error) - 1 && (message[length] & 0xC0) == 0x80) --length;  // whole UTF-8
+  while (length > 0 && (message[length] & 0xC0) == 0x80) --length;  // not in the middle of a UTF-8 character
   std::memcpy(last_error, message, length);
   last_error[length] = '\0';
   return status;
