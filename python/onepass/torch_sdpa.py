@@ -14,6 +14,7 @@ reference math, and so do float64 and ``enable_gqa``. Call :func:`onepass.scaled
 
 from __future__ import annotations
 
+import warnings
 from types import TracebackType
 from typing import Any
 
@@ -67,8 +68,10 @@ def is_enabled() -> bool:
 
 def _register_cpu() -> Library:
     library = Library("aten", "IMPL")
-    library.impl("_scaled_dot_product_flash_attention_for_cpu", _cpu_forward, "CPU")
-    library.impl("_scaled_dot_product_flash_attention_for_cpu_backward", _cpu_backward, "CPU")
+    with warnings.catch_warnings():  # torch 2.11 warns of the override that is the purpose here
+        warnings.simplefilter("ignore", UserWarning)
+        library.impl("_scaled_dot_product_flash_attention_for_cpu", _cpu_forward, "CPU")
+        library.impl("_scaled_dot_product_flash_attention_for_cpu_backward", _cpu_backward, "CPU")
     return library
 
 
