@@ -65,6 +65,13 @@ inline Band band_of(const Problem& problem, const Sequence& sequence, const Quer
   return band;
 }
 
+// a·b + c as a lane of the tiled products computes it: whether scalar code is contracted to an FMA is the compiler's
+// choice, and a row that sees no NaN has the same bits whatever is hidden from it.
+inline float multiply_add(float a, float b, float c) {
+  const hn::CappedTag<float, 1> lane;
+  return hn::GetLane(hn::MulAdd(hn::Set(lane, a), hn::Set(lane, b), hn::Set(lane, c)));
+}
+
 // Sums one visible pair at a time. A hidden weight is 0, but 0·NaN is not: where a block that is only partly visible
 // meets a NaN or an Inf, hidden pairs must not be multiplied at all.
 HWY_NOINLINE void add_visible_to_keys(const float* scores, std::int64_t width, std::int64_t keys, const Band& band,
@@ -72,7 +79,10 @@ HWY_NOINLINE void add_visible_to_keys(const float* scores, std::int64_t width, s
   for (std::int64_t key = 0; key < keys; ++key) {
     for (std::int64_t query = band.begin(key); query < band.end(key); ++query) {
       const float score = scores[key * width + query];
-      for (std::int64_t d = 0; d < dim; ++d) sums[key * sums_stride + d] += score * rows[strip_offset(query, d)];
+      for (std::int64_t d = 0; d < dim; ++d) {
+        float& sum = sums[key * sums_stride + d];
+        sum = multiply_add(score, rows[strip_offset(query, d)], sum);
+      }
     }
   }
 }
@@ -81,7 +91,10 @@ HWY_NOINLINE void add_visible_to_queries(const float* scores, std::int64_t width
   for (std::int64_t key = 0; key < keys; ++key) {
     for (std::int64_t query = band.begin(key); query < band.end(key); ++query) {
       const float score = scores[key * width + query];
-      for (std::int64_t d = 0; d < dim; ++d) dq[d * kPanel + query] += score * k.data[key * k.stride + d];
+      for (std::int64_t d = 0; d < dim; ++d) {
+        float& sum = dq[d * kPanel + query];
+        sum = multiply_add(score, k.data[key * k.stride + d], sum);
+      }
     }
   }
 }

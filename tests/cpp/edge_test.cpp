@@ -106,12 +106,14 @@ void expect_poison_contained(const Instance& clean, Instance poisoned, const std
         for (std::int64_t d = 0; d < clean.c.head_dim_v; ++d) {
           const std::int64_t at = row * clean.c.head_dim_v + d;
           ASSERT_TRUE(sees ? std::isnan(got.out[at]) : got.out[at] == want.out[at])
-              << "out of batch " << b << " head " << h << " query " << i << " is " << got.out[at];
+              << "out of batch " << b << " head " << h << " query " << i << " is " << got.out[at] << ", expected "
+              << want.out[at];
         }
         for (std::int64_t d = 0; d < clean.c.head_dim; ++d) {
           const std::int64_t at = row * clean.c.head_dim + d;
           ASSERT_TRUE(sees ? std::isnan(got.dq[at]) : got.dq[at] == want.dq[at])
-              << "dq of batch " << b << " head " << h << " query " << i << " is " << got.dq[at];
+              << "dq of batch " << b << " head " << h << " query " << i << " is " << got.dq[at] << ", expected "
+              << want.dq[at];
         }
       }
     }
