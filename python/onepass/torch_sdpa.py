@@ -103,21 +103,15 @@ def _cpu_backward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> _Gradients:
-    dq, dk, dv, _, _ = call(
-        ops.attention_backward,
-        grad_out,
-        out,
-        logsumexp,
-        query,
-        key,
-        value,
-        is_causal,
-        scale,
-        _bias_of(attn_mask, query),
-        top_left=True,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
+    bias = _bias_of(attn_mask, query)
+    dq, dk, dv = _gradients(grad_out, out, logsumexp, query, key, value, is_causal, scale, bias=bias, top_left=True)
     return _heads_inner(dq), _heads_inner(dk), _heads_inner(dv)
+
+
+def _gradients(*tensors_and_options: Any, **options: Any) -> _Gradients:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    dq, dk, dv, _, _ = call(ops.attention_backward, *tensors_and_options, deterministic=deterministic, **options)
+    return dq, dk, dv
 
 
 def _bias_of(attn_mask: Tensor | None, query: Tensor) -> Tensor | None:
@@ -199,8 +193,7 @@ def _cuda_backward(
     *,
     scale: float | None = None,
 ) -> _Gradients:
-    dq, dk, dv, _, _ = call(
-        ops.attention_backward,
+    return _gradients(
         grad_out,
         out,
         logsumexp,
@@ -211,9 +204,7 @@ def _cuda_backward(
         scale,
         dropout_state=philox_seed,
         dropout_p=dropout_p,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return dq, dk, dv
 
 
 if (
