@@ -15,7 +15,7 @@ class Accuracy : public testing::TestWithParam<Parameter> {};
 
 TEST_P(Accuracy, WithinTwiceTheNaiveError) {
   const auto& [target, definition] = GetParam();
-  if (!has_forward(target)) GTEST_SKIP() << target.backend << " lacks the operation";
+  if (!has_forward(target, definition)) GTEST_SKIP() << target.backend << " lacks the operation";
   Instance instance(definition, target.dtype);
   instance.device = target.device();
   Call call(instance, target.dtype);
@@ -26,13 +26,15 @@ TEST_P(Accuracy, WithinTwiceTheNaiveError) {
     if (target.backend != kHopperBackend.name || error.code() != ErrorCode::kUnsupported) throw;
     GTEST_SKIP() << error.what();
   }
-  if (has_backward(target)) call.backward(target.context());
+  const bool with_backward = has_backward(target, definition);
+  if (with_backward) call.backward(target.context());
   Results got = call.results(), want = oracle(instance), yardstick = naive(instance, target.dtype);
-  if (!has_backward(target)) {
+  if (!with_backward) {
     got.dq = want.dq, got.dk = want.dk, got.dv = want.dv, got.dbias = want.dbias, got.dsinks = want.dsinks;
+    got.dq2 = want.dq2, got.dk2 = want.dk2;
   }
   expect_accurate(got, want, yardstick, target.dtype);
-  if (has_backward(target) && instance.device.type == DeviceType::kCuda) {  // kernels of its own
+  if (with_backward && instance.device.type == DeviceType::kCuda) {  // kernels of its own
     call.deterministic = true;
     call.backward(target.context());
     expect_accurate(call.results(), want, yardstick, target.dtype);
@@ -49,6 +51,12 @@ INSTANTIATE_TEST_SUITE_P(Features, Accuracy,
                          name_of_parameter);
 INSTANTIATE_TEST_SUITE_P(Shapes, Accuracy,
                          testing::Combine(testing::ValuesIn(targets()), testing::ValuesIn(shape_cases())),
+                         name_of_parameter);
+INSTANTIATE_TEST_SUITE_P(Piecewise, Accuracy,
+                         testing::Combine(testing::ValuesIn(targets()), testing::ValuesIn(piecewise_cases())),
+                         name_of_parameter);
+INSTANTIATE_TEST_SUITE_P(PiecewiseShapes, Accuracy,
+                         testing::Combine(testing::ValuesIn(targets()), testing::ValuesIn(piecewise_shape_cases())),
                          name_of_parameter);
 
 }  // namespace

@@ -30,6 +30,8 @@ TEST_P(Oracle, EqualsMaterializedAttention) {
   EXPECT_TRUE(close(got.dv, want.dv, 1e-10)) << "dv";
   EXPECT_TRUE(close(got.dbias, want.dbias, 1e-10)) << "dbias";
   EXPECT_TRUE(close(got.dsinks, want.dsinks, 1e-10)) << "dsinks";
+  EXPECT_TRUE(close(got.dq2, want.dq2, 1e-10)) << "dq2";
+  EXPECT_TRUE(close(got.dk2, want.dk2, 1e-10)) << "dk2";
 }
 
 double dot(const Values& a, const Values& b) { return std::inner_product(a.begin(), a.end(), b.begin(), 0.0); }
@@ -62,9 +64,13 @@ TEST_P(Oracle, GradientsEqualFiniteDifferences) {
   expect_derivative(instance, &Instance::v, results.dv, "dv");
   expect_derivative(instance, &Instance::bias, results.dbias, "dbias");
   expect_derivative(instance, &Instance::sinks, results.dsinks, "dsinks");
+  expect_derivative(instance, &Instance::q2, results.dq2, "dq2");
+  expect_derivative(instance, &Instance::k2, results.dk2, "dk2");
 }
 
 INSTANTIATE_TEST_SUITE_P(Features, Oracle, testing::ValuesIn(feature_cases()),
+                         [](const auto& parameter) { return parameter.param.name; });
+INSTANTIATE_TEST_SUITE_P(Piecewise, Oracle, testing::ValuesIn(piecewise_cases()),
                          [](const auto& parameter) { return parameter.param.name; });
 
 // Known answers published with Random123 (kat_vectors, philox4x32-10).

@@ -73,6 +73,10 @@ Instance::Instance(const Case& definition, DType dtype_, std::uint64_t seed) : c
       }
     }
   }
+  if (c.dist_threshold) {
+    q2 = normal(query_shape(c.head_dim), c.magnitude, dtype, generator);
+    k2 = normal(key_shape(c.head_dim), c.magnitude, dtype, generator);
+  }
 }
 
 double Instance::scale() const {
@@ -104,6 +108,10 @@ bool Instance::visible(std::int64_t b, std::int64_t i, std::int64_t j) const {
   return j >= 0 && j < length_k(b) && (c.key_begin.empty() || j >= c.key_begin[b]) &&
          (c.key_end.empty() || j < c.key_end[b]) && (!c.causal || j <= center) && (!c.left || j >= center - *c.left) &&
          (!c.right || j <= center + *c.right);
+}
+
+bool Instance::is_far(std::int64_t b, std::int64_t i, std::int64_t j) const {
+  return c.dist_threshold && i + diagonal(b) - j >= *c.dist_threshold;
 }
 
 double Instance::alibi(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
@@ -159,6 +167,12 @@ Call::Call(const Instance& instance_, DType dtype_) : instance(instance_), dtype
     const Shape shape = c.alibi == AlibiKind::kPerBatch ? Shape{c.batch, c.num_heads} : Shape{c.num_heads};
     slopes = Tensor(DType::kFloat32, shape, instance.slopes, Layout::kContiguous, device);
   }
+  if (c.dist_threshold) {
+    q2 = Tensor(dtype, instance.query_shape(c.head_dim), instance.q2, layout(), device);
+    k2 = Tensor(dtype, instance.key_shape(c.head_dim), instance.k2, layout(), device);
+    dq2 = Tensor(dtype, instance.query_shape(c.head_dim), layout(), device);
+    dk2 = Tensor(dtype, instance.key_shape(c.head_dim), layout(), device);
+  }
   cu_seqlens_q = int32_tensor(instance.start_q, device);
   cu_seqlens_k = int32_tensor(instance.start_k, device);
   key_begin = int32_tensor(c.key_begin, device);
@@ -182,7 +196,9 @@ AttentionOptions Call::options() const {
 }
 
 void Call::forward(const ExecutionContext& context) {
-  if (instance.c.ragged()) {
+  if (instance.c.dist_threshold) {
+    piecewise_attention(q, k, q2, k2, v, *instance.c.dist_threshold, {out, lse, total}, options(), context);
+  } else if (instance.c.ragged()) {
     varlen_attention(q, k, v, {cu_seqlens_q, cu_seqlens_k}, {out, lse, total}, options(), context);
   } else {
     attention(q, k, v, {out, lse, total}, options(), context);
@@ -191,7 +207,10 @@ void Call::forward(const ExecutionContext& context) {
 
 void Call::backward(const ExecutionContext& context) {
   const AttentionGradients gradients{dq, dk, dv, dbias, dsinks};
-  if (instance.c.ragged()) {
+  if (instance.c.dist_threshold) {
+    piecewise_attention_backward(dout, q, k, q2, k2, v, *instance.c.dist_threshold, out, lse, {gradients, dq2, dk2},
+                                 options(), context);
+  } else if (instance.c.ragged()) {
     varlen_attention_backward(dout, q, k, v, {cu_seqlens_q, cu_seqlens_k}, out, lse, gradients, options(), context);
   } else {
     attention_backward(dout, q, k, v, out, lse, gradients, options(), context);
@@ -199,13 +218,15 @@ void Call::backward(const ExecutionContext& context) {
 }
 
 Results Call::results() const {
-  return {out.load(), lse.load(), total.load(), dq.load(), dk.load(), dv.load(), dbias.load(), dsinks.load()};
+  return {out.load(), lse.load(),   total.load(),  dq.load(),  dk.load(),
+          dv.load(),  dbias.load(), dsinks.load(), dq2.load(), dk2.load()};
 }
 
 std::vector<Tensor*> Call::outputs() {
   std::vector<Tensor*> all{&out, &lse, &total, &dq, &dk, &dv};
-  if (dbias.view().given()) all.push_back(&dbias);
-  if (dsinks.view().given()) all.push_back(&dsinks);
+  for (Tensor* optional : {&dbias, &dsinks, &dq2, &dk2}) {
+    if (optional->view().given()) all.push_back(optional);
+  }
   return all;
 }
 

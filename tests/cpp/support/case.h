@@ -36,7 +36,8 @@ struct Case {
   bool float32_extras = false;  // bias and sinks in float32 beside half operands
   double dropout = 0.0;
 
-  double magnitude = 1.0;  // standard deviation of q and k
+  double magnitude = 1.0;                           // standard deviation of q and k
+  std::optional<std::int64_t> dist_threshold = {};  // given: piecewise attention, with a second q and k
   Layouts layouts = Layouts::kContiguous;
 
   bool ragged() const { return !lengths_q.empty(); }
@@ -45,6 +46,7 @@ struct Case {
 struct Results {
   Values out, lse, total;            // forward
   Values dq, dk, dv, dbias, dsinks;  // backward
+  Values dq2, dk2;                   // of the far pair; empty but for piecewise attention
 };
 
 // A case with inputs, all representable in `dtype`.
@@ -57,6 +59,7 @@ struct Instance {
   std::vector<std::int64_t> start_q, start_k;  // ragged: (batch + 1) token offsets
   std::int64_t total_q = 0, total_k = 0;       // ragged: tokens
   Values q, k, v, dout, slopes, bias, sinks;
+  Values q2, k2;  // piecewise: the far pair
 
   double scale() const;  // representable in float32, so that every backend gets the same
   std::int64_t length_q(std::int64_t b) const { return c.ragged() ? c.lengths_q[b] : c.seqlen_q; }
@@ -70,8 +73,9 @@ struct Instance {
   std::int64_t total_at(std::int64_t b, std::int64_t h, std::int64_t j) const;
   std::int64_t bias_at(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const;
 
-  // The mask by its definition, independent of the library's.
+  // Mask and distance by their definitions, independent of the library's.
   bool visible(std::int64_t b, std::int64_t i, std::int64_t j) const;
+  bool is_far(std::int64_t b, std::int64_t i, std::int64_t j) const;
   double alibi(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const;
 
   Shape query_shape(std::int64_t dim) const;
@@ -89,6 +93,7 @@ struct Call {
   DType dtype;
   Tensor q, k, v, out, lse, total;
   Tensor dout, dq, dk, dv, dbias, dsinks;
+  Tensor q2, k2, dq2, dk2;
   Tensor bias, sinks, slopes, cu_seqlens_q, cu_seqlens_k, key_begin, key_end;
   bool deterministic = true;  // so that gradients can be compared bit for bit
 

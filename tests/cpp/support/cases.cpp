@@ -1,5 +1,6 @@
 #include "support/cases.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <ostream>
 #include <sstream>
@@ -138,6 +139,95 @@ const std::vector<Case>& shape_cases() {
   return cases;
 }
 
+const std::vector<Case>& piecewise_cases() {
+  static const std::vector<Case> cases{
+      {.name = "piecewise", .dist_threshold = 30},
+      {.name = "piecewise_causal", .causal = true, .dist_threshold = 30},
+      {.name = "piecewise_more_queries", .seqlen_q = 90, .seqlen_k = 70, .dist_threshold = 5},
+      {.name = "piecewise_causal_more_queries", .seqlen_q = 90, .seqlen_k = 70, .causal = true, .dist_threshold = 25},
+      {.name = "piecewise_top_left", .causal = true, .top_left = true, .dist_threshold = 20},
+      {.name = "piecewise_all_far", .dist_threshold = -1000},
+      {.name = "piecewise_all_near", .dist_threshold = 1000},
+      {.name = "piecewise_lowest_threshold", .dist_threshold = INT64_MIN},
+      {.name = "piecewise_highest_threshold", .dist_threshold = INT64_MAX},
+      {.name = "piecewise_future_threshold", .dist_threshold = -17},
+      {.name = "piecewise_threshold_1", .dist_threshold = 1},
+      {.name = "piecewise_threshold_2", .dist_threshold = 2},
+      {.name = "piecewise_window", .left = 40, .right = 5, .dist_threshold = 20},
+      {.name = "piecewise_window_all_near", .causal = true, .left = 15, .dist_threshold = 16},
+      {.name = "piecewise_window_future", .right = 30, .dist_threshold = -10},
+      {.name = "piecewise_key_bounds", .key_begin = {3, 40}, .key_end = {90, 66}, .dist_threshold = 12},
+      {.name = "piecewise_key_bounds_empty", .key_begin = {20, 0}, .key_end = {20, 90}, .dist_threshold = 12},
+      {.name = "piecewise_scale_zero", .scale = 0.0, .dist_threshold = 10},
+      {.name = "piecewise_scale_negative", .scale = -0.25, .dist_threshold = 10},
+      {.name = "piecewise_softcap", .causal = true, .softcap = 5.0, .magnitude = 2.0, .dist_threshold = 33},
+      {.name = "piecewise_alibi", .alibi = AlibiKind::kPerHead, .dist_threshold = 33},
+      {.name = "piecewise_bias", .bias = "bhqk", .dist_threshold = 33},
+      {.name = "piecewise_bias_of_keys", .bias = "bk", .dist_threshold = 33},
+      {.name = "piecewise_bias_of_queries", .causal = true, .bias = "hq", .dist_threshold = 33},
+      {.name = "piecewise_sinks", .sinks = true, .dist_threshold = 33},
+      {.name = "piecewise_dropout", .causal = true, .dropout = 0.3, .dist_threshold = 33},
+      {.name = "piecewise_gqa_many", .num_heads = 8, .num_heads_kv = 1, .causal = true, .dist_threshold = 30},
+      {.name = "piecewise_gqa_odd", .num_heads = 9, .num_heads_kv = 3, .dist_threshold = 30},
+      {.name = "piecewise_mha", .num_heads = 3, .num_heads_kv = 3, .causal = true, .dist_threshold = 30},
+      {.name = "piecewise_head_dim_v_smaller", .head_dim = 96, .head_dim_v = 40, .dist_threshold = 30},
+      {.name = "piecewise_head_dim_v_larger", .head_dim = 24, .head_dim_v = 128, .causal = true, .dist_threshold = 30},
+      {.name = "piecewise_large_logits", .magnitude = 6.0, .dist_threshold = 30},
+      {.name = "piecewise_swapped", .causal = true, .dist_threshold = 30, .layouts = Layouts::kSwapped},
+      {.name = "piecewise_padded", .head_dim = 33, .dist_threshold = 30, .layouts = Layouts::kPadded},
+      {.name = "piecewise_everything",
+       .seqlen_q = 67,
+       .seqlen_k = 81,
+       .head_dim = 40,
+       .head_dim_v = 56,
+       .causal = true,
+       .left = 50,
+       .key_begin = {4, 0},
+       .key_end = {81, 70},
+       .scale = 0.2,
+       .softcap = 15.0,
+       .alibi = AlibiKind::kPerBatch,
+       .bias = "hqk",
+       .sinks = true,
+       .dropout = 0.2,
+       .dist_threshold = 21,
+       .layouts = Layouts::kMixed},
+  };
+  return cases;
+}
+
+const std::vector<Case>& piecewise_shape_cases() {
+  static const std::vector<Case> cases = [] {
+    std::vector<Case> list;
+    const auto add = [&](std::int64_t sq, std::int64_t sk, std::int64_t dim, std::int64_t threshold, bool causal) {
+      std::ostringstream name;
+      name << "piecewise_q" << sq << "_k" << sk << "_d" << dim << (threshold < 0 ? "_t_minus" : "_t")
+           << std::abs(threshold) << (causal ? "_causal" : "");
+      list.push_back({.name = name.str(),
+                      .batch = 1,
+                      .num_heads = 2,
+                      .num_heads_kv = 1,
+                      .seqlen_q = sq,
+                      .seqlen_k = sk,
+                      .head_dim = dim,
+                      .causal = causal,
+                      .dist_threshold = threshold});
+    };
+    for (std::int64_t size : {3, 16, 31, 64, 65, 97, 129, 192}) {
+      for (std::int64_t threshold : {std::int64_t{0}, size / 3, size - 1, size}) add(size, size, 16, threshold, true);
+    }
+    for (std::int64_t threshold : {-64, 15, 16, 63, 64, 65, 95, 96, 97, 128, 150}) add(200, 260, 16, threshold, false);
+    for (std::int64_t dim : {1, 7, 31, 48, 80, 127, 128, 192, 256}) add(37, 53, dim, 20, dim % 2 == 1);
+    add(1, 1, 16, 0, true);
+    add(1, 1, 16, 1, false);
+    add(1, 300, 64, 100, true);
+    add(5, 300, 128, 100, true);
+    add(300, 3, 32, 1, false);
+    return list;
+  }();
+  return cases;
+}
+
 Device Target::device() const {
   for (const Backend* b : backends()) {
     if (backend == b->name) return {b->device, 0};
@@ -171,8 +261,14 @@ std::vector<Target> targets() {
   return list;
 }
 
-bool has_forward(const Target& target) { return backend_of(target).forward != nullptr; }
-bool has_backward(const Target& target) { return backend_of(target).backward != nullptr; }
+bool has_forward(const Target& target, const Case& definition) {
+  const Backend& backend = backend_of(target);
+  return definition.dist_threshold ? backend.piecewise != nullptr : backend.forward != nullptr;
+}
+bool has_backward(const Target& target, const Case& definition) {
+  const Backend& backend = backend_of(target);
+  return definition.dist_threshold ? backend.piecewise_backward != nullptr : backend.backward != nullptr;
+}
 bool has_merge(const Target& target) { return backend_of(target).merge != nullptr; }
 bool has_cached(const Target& target) {
   return backend_of(target).cached != nullptr && backend_of(target).append != nullptr;

@@ -12,6 +12,9 @@ namespace onepass::test {
 const std::vector<Case>& feature_cases();
 // Plain attention, causal and not, at sizes around the edges of tiles, and every kind of head dim.
 const std::vector<Case>& shape_cases();
+// Piecewise attention with every option, and thresholds and sizes around the edges of tiles.
+const std::vector<Case>& piecewise_cases();
+const std::vector<Case>& piecewise_shape_cases();
 
 // One backend and one dtype; the parameter of most suites.
 struct Target {
@@ -27,9 +30,9 @@ void PrintTo(const Target& target, std::ostream* stream);
 // halves is tested as any other's.
 std::vector<Target> targets();
 
-// Whether the backend has the forward and the backward pass at all.
-bool has_forward(const Target& target);
-bool has_backward(const Target& target);
+// Whether the backend has the case's forward and backward pass at all.
+bool has_forward(const Target& target, const Case& definition = {});
+bool has_backward(const Target& target, const Case& definition = {});
 bool has_merge(const Target& target);
 bool has_cached(const Target& target);  // and append
 

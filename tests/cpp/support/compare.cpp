@@ -97,6 +97,8 @@ void expect_accurate(const Results& got, const Results& want, const Results& nai
   EXPECT_TRUE(accurate_gradient(got.dq, want.dq, naive.dq, dtype, dtype)) << "dq";
   EXPECT_TRUE(accurate_gradient(got.dk, want.dk, naive.dk, dtype, dtype)) << "dk";
   EXPECT_TRUE(accurate(got.dv, want.dv, naive.dv, dtype)) << "dv";
+  EXPECT_TRUE(accurate_gradient(got.dq2, want.dq2, naive.dq2, dtype, dtype)) << "dq2";
+  EXPECT_TRUE(accurate_gradient(got.dk2, want.dk2, naive.dk2, dtype, dtype)) << "dk2";
   EXPECT_TRUE(accurate_gradient(got.dbias, want.dbias, naive.dbias, dtype, statistic)) << "dbias";
   // float32, but through rowsum(dout∘out), whose out is rounded to the dtype.
   EXPECT_TRUE(accurate(got.dsinks, want.dsinks, naive.dsinks, dtype)) << "dsinks";
@@ -121,6 +123,8 @@ void expect_identical(const Results& got, const Results& want) {
   EXPECT_TRUE(identical(got.dv, want.dv)) << "dv";
   EXPECT_TRUE(identical(got.dbias, want.dbias)) << "dbias";
   EXPECT_TRUE(identical(got.dsinks, want.dsinks)) << "dsinks";
+  EXPECT_TRUE(identical(got.dq2, want.dq2)) << "dq2";
+  EXPECT_TRUE(identical(got.dk2, want.dk2)) << "dk2";
 }
 
 }  // namespace onepass::test

@@ -31,6 +31,8 @@ class Naive {
     results.dq.assign(in.q.size(), 0.0);
     results.dk.assign(in.k.size(), 0.0);
     results.dv.assign(in.v.size(), 0.0);
+    results.dq2.assign(in.q2.size(), 0.0);
+    results.dk2.assign(in.k2.size(), 0.0);
     results.dbias.assign(in.bias.size(), 0.0);
     results.dsinks.assign(in.sinks.size(), 0.0);
   }
@@ -39,7 +41,7 @@ class Naive {
     for (std::int64_t b = 0; b < c.batch; ++b) {
       for (std::int64_t h = 0; h < c.num_heads; ++h) head(b, h);
     }
-    for (Values* values : {&results.dk, &results.dv}) {  // sums over the heads of a group
+    for (Values* values : {&results.dk, &results.dv, &results.dk2}) {  // sums over the heads of a group
       for (double& x : *values) x = to_float(reference::round_to<T>(x));
     }
     return std::move(results);
@@ -71,8 +73,9 @@ class Naive {
       for (std::int64_t j = 0; j < columns; ++j) {
         if (!in.visible(batch, i, j)) continue;
         Accumulator x = 0;
-        const double* q = query(in.q, i, c.head_dim);
-        const double* k = in.k.data() + key(j) * c.head_dim;
+        const bool far = in.is_far(batch, i, j);
+        const double* q = query(far ? in.q2 : in.q, i, c.head_dim);
+        const double* k = (far ? in.k2 : in.k).data() + key(j) * c.head_dim;
         for (std::int64_t d = 0; d < c.head_dim; ++d) x += Accumulator(q[d]) * Accumulator(k[d]);
         x = round(round(x) * scale);
         if (cap > 0) {
@@ -127,7 +130,7 @@ class Naive {
 
   void gradients() {
     const auto scale = static_cast<Accumulator>(in.scale());
-    Matrix dp(columns), dq(c.head_dim);
+    Matrix dp(columns), dq(c.head_dim), dq2(c.head_dim);
     for (std::int64_t i = 0; i < rows; ++i) {
       const double* dout = query(in.dout, i, c.head_dim_v);
       Accumulator delta = 0;
@@ -144,20 +147,24 @@ class Naive {
       }
       if (c.sinks) add(results.dsinks[query_head], -sink_weight[i] * delta);
       std::fill(dq.begin(), dq.end(), Accumulator(0));
+      std::fill(dq2.begin(), dq2.end(), Accumulator(0));
       for (std::int64_t j = 0; j < columns; ++j) {
         if (!in.visible(batch, i, j)) continue;
         Accumulator ds = round(p[i * columns + j] * (dp[j] - delta));
         if (!c.bias.empty()) add(results.dbias[in.bias_at(batch, query_head, i, j)], ds);
         if (c.softcap > 0) ds = round(ds * (1 - capped[i * columns + j] * capped[i * columns + j]));
         ds = round(ds * scale);
-        const double* q = query(in.q, i, c.head_dim);
+        const bool far = in.is_far(batch, i, j);
+        const double* q = query(far ? in.q2 : in.q, i, c.head_dim);
         for (std::int64_t d = 0; d < c.head_dim; ++d) {
-          dq[d] += ds * Accumulator(in.k[key(j) * c.head_dim + d]);
-          add(results.dk[key(j) * c.head_dim + d], ds * Accumulator(q[d]));
+          (far ? dq2 : dq)[d] += ds * Accumulator((far ? in.k2 : in.k)[key(j) * c.head_dim + d]);
+          add((far ? results.dk2 : results.dk)[key(j) * c.head_dim + d], ds * Accumulator(q[d]));
         }
       }
       for (std::int64_t d = 0; d < c.head_dim; ++d) {
-        results.dq[in.query_row(batch, query_head, i) * c.head_dim + d] = round(dq[d]);
+        const std::int64_t at = in.query_row(batch, query_head, i) * c.head_dim + d;
+        results.dq[at] = round(dq[d]);
+        if (c.dist_threshold) results.dq2[at] = round(dq2[d]);
       }
     }
   }
