@@ -5,7 +5,8 @@
 
 from onepass import _vmap as _vmap
 from onepass._ops import ops as _ops
-from onepass.cache import KVCache, cached_attention
+from onepass.cache import KVCache
+from onepass.decode import cached_attention
 from onepass.functional import (
     AttentionResult,
     alibi_slopes,

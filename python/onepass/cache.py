@@ -1,8 +1,5 @@
-"""Key/value caches and attention over them: decoding, speculative decoding, chunked prefill, and mixes of these.
-
-A :class:`KVCache` owns the storage, contiguous or paged, in 16 or 32 bit, int8 or fp8; :func:`cached_attention` appends
-new tokens and attends in one call. Storage alone is quantized: the result is that of exact attention over the
-dequantized cache.
+"""Key/value caches: storage, contiguous or paged, in 16 or 32 bit, int8 or fp8 (:func:`onepass.cached_attention`
+attends over them).
 """
 
 from __future__ import annotations
@@ -13,31 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from onepass import _cache_storage
+from onepass._cache_scales import Granularity, invalid, new_scale, parse_granularity
 from onepass._library import call
-from onepass._ops import _empty_in_order_of, _fake, _statistics_dtype, ops
-from onepass.functional import AttentionResult, Window, as_score_dtype
+from onepass._ops import _fake, ops
 
 Quantization = Literal["int8", "fp8_e4m3", "fp8_e5m2"]
 
 _STORAGE = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# ScaleGranularity in include/onepass/kv_cache.h.
-_NONE, _TENSOR, _TOKEN, _HEAD, _GROUP = range(5)
-
-
-def _invalid(argument: str, received: Any, required: str) -> ValueError:
-    return ValueError(f"KVCache: {argument}: got {received}; need {required}")
-
-
-def _granularity(text: str) -> tuple[int, int]:
-    """``(granularity, channels of a group)`` of ``"tensor" | "token" | "head" | "group:N"``."""
-    name, _, group = text.partition(":")
-    if name == "group" and group.isdigit() and int(group) > 0:
-        return _GROUP, int(group)
-    names = {"tensor": _TENSOR, "token": _TOKEN, "head": _HEAD}
-    if text not in names:
-        raise _invalid("scale_granularity", repr(text), '"tensor", "token", "head" or "group:N"')
-    return names[text], 0
 
 
 class KVCache:
@@ -76,6 +57,13 @@ class KVCache:
     page_table: Tensor | None
     first_key: Tensor | None
     batch_index: Tensor | None
+    _granularity: Granularity
+    _group: int
+    # Of a paged cache whose pages this object hands out: table, lengths and references on the host, where this is
+    # decided. On the CPU table and lengths are page_table and seqlens themselves.
+    _host_table: Tensor | None
+    _host_seqlens: Tensor
+    _references: Tensor | None
 
     def __init__(
         self,
@@ -97,15 +85,15 @@ class KVCache:
         sizes = {"batch": batch, "max_seqlen": max_seqlen, "num_heads_kv": num_heads_kv, "head_dim": head_dim}
         for name, size in sizes.items():
             if size < 1:
-                raise _invalid(name, size, "at least 1")
+                raise invalid(name, size, "at least 1")
         if quantization is None and dtype not in _FLOATS:
-            raise _invalid("dtype", dtype, "float32, float16 or bfloat16 (or a quantization)")
+            raise invalid("dtype", dtype, "float32, float16 or bfloat16 (or a quantization)")
         if quantization is not None and quantization not in _STORAGE:
-            raise _invalid("quantization", repr(quantization), 'None, "int8", "fp8_e4m3" or "fp8_e5m2"')
+            raise invalid("quantization", repr(quantization), 'None, "int8", "fp8_e4m3" or "fp8_e5m2"')
         if page_size is not None and page_size < 1:
-            raise _invalid("page_size", page_size, "at least 1, or None for a contiguous cache")
+            raise invalid("page_size", page_size, "at least 1, or None for a contiguous cache")
         if page_size is None and num_pages is not None:
-            raise _invalid("num_pages", num_pages, "none without page_size")
+            raise invalid("num_pages", num_pages, "none without page_size")
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         blocks, tokens = batch, max_seqlen
         max_pages = 0
@@ -160,39 +148,29 @@ class KVCache:
         cache = cls.__new__(cls)
         cache.k, cache.v, cache.seqlens, cache.page_table = k, v, seqlens, page_table
         cache.k_scale, cache.v_scale, cache.first_key, cache.batch_index = k_scale, v_scale, first_key, batch_index
-        cache._granularity, cache._group = (_NONE, 0) if scale_granularity is None else _granularity(scale_granularity)
+        cache._granularity, cache._group = (
+            (Granularity.NONE, 0) if scale_granularity is None else parse_granularity(scale_granularity)
+        )
         cache._host_seqlens, cache._host_table, cache._references = seqlens, None, None
         return cache
 
     def _set_scales(
         self, quantization: str | None, granularity: str, k_scale: float | None, v_scale: float | None
     ) -> None:
-        self._granularity, self._group = _NONE, 0
+        self._granularity, self._group = Granularity.NONE, 0
         self.k_scale = self.v_scale = None
         given = k_scale is not None or v_scale is not None
         if quantization == "int8":
-            self._granularity, self._group = _granularity(granularity)
-            if self._granularity == _TENSOR and (k_scale is None or v_scale is None):
-                raise _invalid("k_scale and v_scale", "none", "two numbers with one scale for the tensor")
+            self._granularity, self._group = parse_granularity(granularity)
+            if self._granularity == Granularity.TENSOR and (k_scale is None or v_scale is None):
+                raise invalid("k_scale and v_scale", "none", "two numbers with one scale for the tensor")
         elif quantization is not None and given:
-            self._granularity = _TENSOR
-        if given and self._granularity != _TENSOR:
-            raise _invalid("k_scale", k_scale, "none: tokens get scales of their own, or the storage needs none")
-        if self._granularity != _NONE:
-            self.k_scale = self._new_scale(self.k, 1.0 if k_scale is None else k_scale)
-            self.v_scale = self._new_scale(self.v, 1.0 if v_scale is None else v_scale)
-
-    def _new_scale(self, storage: Tensor, value: float) -> Tensor:
-        blocks, heads, tokens, dim = storage.shape
-        if self._granularity == _GROUP and dim % self._group:
-            raise _invalid("scale_granularity", f"group:{self._group}", f"a divisor of head_dim {dim}")
-        shape = {
-            _TENSOR: (1,),
-            _TOKEN: (blocks, tokens),
-            _HEAD: (blocks, heads, tokens),
-            _GROUP: (blocks, heads, tokens, dim // max(self._group, 1)),
-        }[self._granularity]
-        return torch.full(shape, value, dtype=torch.float32, device=storage.device)
+            self._granularity = Granularity.TENSOR
+        if given and self._granularity != Granularity.TENSOR:
+            raise invalid("k_scale", k_scale, "none: tokens get scales of their own, or the storage needs none")
+        if self._granularity != Granularity.NONE:
+            self.k_scale = new_scale(self.k, self._granularity, self._group, 1.0 if k_scale is None else k_scale)
+            self.v_scale = new_scale(self.v, self._granularity, self._group, 1.0 if v_scale is None else v_scale)
 
     @property
     def paged(self) -> bool:
@@ -274,9 +252,9 @@ class KVCache:
             self._upload()
             return
         if not 0 <= sequence < self.batch:
-            raise _invalid("sequence", sequence, f"0 to {self.batch - 1}")
+            raise invalid("sequence", sequence, f"0 to {self.batch - 1}")
         if not 0 <= length <= int(self.seqlens[sequence]):
-            raise _invalid("length", length, f"0 to the {int(self.seqlens[sequence])} tokens of the sequence")
+            raise invalid("length", length, f"0 to the {int(self.seqlens[sequence])} tokens of the sequence")
         self.seqlens[sequence] = length
 
     def fork(self, source: int, target: int, length: int | None = None) -> None:
@@ -288,6 +266,25 @@ class KVCache:
             raise ValueError("KVCache.fork: cache: got one that hands out no pages; need page_size")
         call(ops.page_pool_fork, *self._pool(), source, target, length)
         self._upload()
+
+    def select(self, index: Tensor) -> None:
+        """Sequence b becomes what sequence ``index[b]`` holds, in place (beam search, resampling).
+
+        Args:
+            index: integers ``(new batch)``; the batch may become larger or smaller. Sequences share pages until one of
+                them writes to a page; a contiguous cache copies its tokens.
+        """
+        _cache_storage.select(self, index)
+
+    def grow(self, max_seqlen: int) -> None:
+        """Makes room for ``max_seqlen`` tokens of every sequence: a contiguous cache moves to larger storage, a paged
+        one gets the additional pages of all its sequences."""
+        _cache_storage.grow(self, max_seqlen)
+
+    def dense(self, dtype: torch.dtype = torch.float32, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Dequantized copies of keys and values, ``(batch, num_heads_kv, length, dim)``;
+        ``length``: default the longest sequence's. What lies behind a sequence's own tokens is undefined."""
+        return _cache_storage.dense(self, dtype, length)
 
     def __repr__(self) -> str:
         kind = f"pages of {self.k.shape[2]}" if self.paged else "contiguous"
@@ -341,121 +338,11 @@ class KVCache:
             self.seqlens,
             self.k_scale,
             self.v_scale,
-            self._granularity,
+            int(self._granularity),
             self._group,
             self.first_key,
             self.batch_index,
         )
 
 
-def cached_attention(
-    q: Tensor,
-    cache: KVCache,
-    *,
-    cu_seqlens_q: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    causal: bool = True,
-    k_new: Tensor | None = None,
-    v_new: Tensor | None = None,
-    num_splits: int = 0,
-    softmax_scale: float | None = None,
-    window: Window | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    alibi_zero_for_future: bool = False,
-    sinks: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    rotary_interleaved: bool = False,
-    prob_threshold: float = 0.0,
-    advance: bool = True,
-    return_lse: bool = False,
-) -> Any:
-    """Exact attention of new queries over a cache. For inference: not differentiable.
-
-    Args:
-        q: ``(batch, num_heads, seqlen_q, head_dim)``, or packed ``(total_q, num_heads, head_dim)`` with
-            ``cu_seqlens_q``: any mix of decode (one query), speculative tokens, chunked prefill and prefill.
-        cache: holds the keys and values; query i of a sequence stands at position ``i + seqlen_k − seqlen_q``.
-        cu_seqlens_q: int32 ``(batch + 1)``: bounds of each sequence's queries.
-        max_seqlen_q: on CUDA a bound of the longest sequence of queries; default ``total_q``.
-        causal: the last query sees every key, the one before it all but the last, and so on.
-        k_new: appended first: ``(batch, num_heads_kv, tokens, head_dim)``, or packed like ``q``.
-        v_new: likewise with ``head_dim_v``.
-        num_splits: parts that a sequence's keys are split into and merged from exactly; 0: chosen for speed. With a
-            fixed number a row's bits do not depend on what else is in the batch.
-        softmax_scale: as for :func:`onepass.attention`, like the other score options.
-        window: ``(left, right)``.
-        softcap: 0: none.
-        alibi_slopes: float32 ``(num_heads)`` or ``(batch, num_heads)``.
-        alibi_zero_for_future: without a causal mask, leave future keys at 0.
-        sinks: ``(num_heads)``: one more logit per head, in the denominator only.
-        rotary_cos: rotary embedding of ``q`` and ``k_new`` (Su et al. 2021): ``(max_positions, pairs)``, float32 or
-            the dtype of ``q``; positions count from the sequence's first valid token.
-        rotary_sin: like ``rotary_cos``.
-        rotary_interleaved: pairs are neighbouring channels (GPT-J) instead of two halves (Llama).
-        prob_threshold: values whose weight relative to the row's largest is at most this are skipped, without
-            renormalising; 0: exact.
-        advance: with ``k_new``, count the new tokens in ``cache.seqlens``.
-        return_lse: also return the natural logarithm of the softmax denominators, float32
-            ``(batch, num_heads, seqlen_q)``, or packed ``(num_heads, total_q)``.
-
-    Returns:
-        ``(batch, num_heads, seqlen_q, head_dim_v)`` or ``(total_q, num_heads, head_dim_v)`` in the dtype of ``q``;
-        with ``return_lse`` an :class:`onepass.AttentionResult`. Rows that see no key: out 0, lse −inf.
-
-    Raises:
-        ValueError: a shape or value that no backend could take, a full cache or a bad page; nothing has been written.
-        TypeError: a dtype or device that the operation does not take.
-        NotImplementedError: an input that requires a gradient, or a request that no backend here serves.
-    """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_new, v_new, sinks)):
-        raise NotImplementedError(
-            "cached_attention: q: got a tensor that requires a gradient; need torch.no_grad() (use onepass.attention "
-            "to train)"
-        )
-    left, right = (None, None) if window is None else window
-    if sinks is not None:
-        sinks = as_score_dtype("cached_attention", "sinks", q, sinks)
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.to(torch.float32)
-    new = None
-    if k_new is not None:
-        new = cache._reserve(k_new, cu_seqlens_q, None)
-    out, lse = call(
-        ops.cached_attention,
-        q,
-        *cache._tensors(),
-        cu_seqlens_q,
-        0 if max_seqlen_q is None else max_seqlen_q,
-        k_new,
-        v_new,
-        rotary_cos,
-        rotary_sin,
-        rotary_interleaved,
-        advance,
-        causal,
-        softmax_scale,
-        left,
-        right,
-        softcap,
-        alibi_slopes,
-        alibi_zero_for_future,
-        sinks,
-        num_splits,
-        prob_threshold,
-        return_lse,
-    )
-    if advance:
-        cache._advance(new)
-    return AttentionResult(out, lse) if return_lse else out
-
-
-def _empty_cached(a: Any) -> tuple[Tensor, Tensor]:
-    rows = [a.q.shape[1], a.q.shape[0]] if a.q.dim() == 3 else list(a.q.shape[:3])
-    out = _empty_in_order_of(a.q, [*a.q.shape[:-1], a.v.shape[-1]])
-    return out, a.q.new_empty(rows if a.return_lse else [0], dtype=_statistics_dtype(a.q))
-
-
-_fake("cached_attention", _empty_cached)
 _fake("append_kv", lambda a: None)

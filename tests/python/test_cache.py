@@ -198,6 +198,60 @@ def test_fork_shares_pages_and_copies_on_write():
     assert cache.seqlens.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("storage", STORAGES, ids=storage_name)
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_select_and_grow(storage, page_size):
+    """Sequences are reordered, dropped and multiplied as beams are; then every one goes on by itself."""
+    torch.manual_seed(10)
+    cache = onepass.KVCache(3, 12, HEADS_KV, DIM, page_size=page_size, **storage)
+    lengths = [10, 3, 7]
+    cache.append(randn(3, HEADS_KV, 10, DIM), randn(3, HEADS_KV, 10, DIM), seqlens=lengths)
+    before = [stored(cache, b) for b in range(3)]
+    for index in ([2, 0, 2], [0, 0, 1, 1, 2], [4, 1]):
+        cache.select(torch.tensor(index))
+        before = [before[b] for b in index]
+        lengths = [lengths[b] for b in index]
+        assert cache.seqlens.tolist() == lengths
+        for b in range(len(index)):
+            for got, want in zip(stored(cache, b), before[b], strict=True):
+                assert torch.equal(got, want)
+    cache.grow(40)
+    assert cache.max_seqlen == 40
+    new = randn(2, HEADS_KV, 9, DIM)
+    cache.append(new, new)
+    for b in range(2):
+        for got, want in zip(stored(cache, b), before[b], strict=True):
+            assert torch.equal(got[:, : lengths[b]], want)
+            tolerance = 0.5 if "quantization" in storage else 0.02
+            torch.testing.assert_close(got[:, lengths[b] :].float(), new[b], atol=tolerance, rtol=0.1)
+    if page_size is not None:
+        cache.reset()
+        assert cache.free_pages == cache.k.shape[0]
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=storage_name)
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_dense_copies(storage, page_size):
+    cache = onepass.KVCache(2, 20, HEADS_KV, DIM, page_size=page_size, **storage)
+    cache.append(randn(2, HEADS_KV, 13, DIM), randn(2, HEADS_KV, 13, DIM), seqlens=[13, 6])
+    for sides, length in ((cache.dense(), 13), (cache.dense(torch.float16, 5), 5)):
+        for side, dense in enumerate(sides):
+            assert dense.shape == (2, HEADS_KV, length, DIM)
+            for b in range(2):
+                own = min(length, int(cache.seqlens[b]))
+                want = stored(cache, b)[side][:, :own].to(dense.dtype)
+                torch.testing.assert_close(dense[b, :, :own], want, atol=0, rtol=2e-3 if length == 5 else 1e-6)
+
+
+def test_tables_of_someone_else_are_not_reshaped():
+    k = torch.zeros(4, HEADS_KV, 8, DIM)
+    table = torch.zeros(2, 1, dtype=torch.int32)
+    cache = onepass.KVCache.from_tensors(k, k.clone(), torch.zeros(2, dtype=torch.int32), page_table=table)
+    for call in (lambda: cache.select(torch.tensor([1, 0])), lambda: cache.grow(64)):
+        with pytest.raises(ValueError, match="got tables of someone else; need a cache that owns its storage"):
+            call()
+
+
 def test_shuffled_pages_give_the_same_bits():
     torch.manual_seed(6)
     contiguous = onepass.KVCache(2, 128, HEADS_KV, DIM)

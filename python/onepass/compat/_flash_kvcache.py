@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepass.cache import KVCache, cached_attention
+from onepass.cache import KVCache
+from onepass.decode import cached_attention
 from onepass.functional import Window
 
 _Score = tuple[float | None, bool, tuple[int, int], float, Tensor | None]

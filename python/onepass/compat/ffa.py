@@ -16,7 +16,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from onepass.cache import KVCache, cached_attention
+from onepass.cache import KVCache
+from onepass.decode import cached_attention
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -1,0 +1,108 @@
+"""Operations on a whole :class:`onepass.KVCache`: another batch, more room, dense copies. Its methods call these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from onepass._cache_scales import Granularity, scaled
+
+if TYPE_CHECKING:
+    from onepass.cache import KVCache
+
+
+def select(cache: KVCache, index: Tensor) -> None:
+    """Sequence b becomes what sequence ``index[b]`` holds."""
+    chosen = torch.as_tensor(index, dtype=torch.int64, device=cache.k.device)
+    if cache._references is not None:
+        assert cache._host_table is not None
+        on_host = chosen.cpu()
+        table = cache._host_table[on_host]
+        cache._references = torch.bincount(table[table >= 0], minlength=cache.k.shape[0]).to(torch.int32)
+        _replace_tables(cache, table, cache._host_seqlens[on_host])
+    elif cache.page_table is not None or cache.batch_index is not None:
+        raise ValueError("KVCache.select: cache: got tables of someone else; need a cache that owns its storage")
+    else:
+        used = int(cache.seqlens.max())
+        for name, tensor, dim in _per_token(cache):
+            stored = _bytes(tensor)
+            picked = stored.narrow(dim, 0, used).index_select(0, chosen)
+            if chosen.numel() != cache.batch:
+                stored = stored.new_zeros((chosen.numel(), *stored.shape[1:]))
+                setattr(cache, name, stored.view(tensor.dtype))
+            stored.narrow(dim, 0, used).copy_(picked)
+        cache.seqlens = cache._host_seqlens = cache.seqlens[chosen]
+    if cache.first_key is not None:
+        cache.first_key = cache.first_key[chosen]
+
+
+def grow(cache: KVCache, max_seqlen: int) -> None:
+    """Room for ``max_seqlen`` tokens of every sequence."""
+    if max_seqlen <= cache.max_seqlen:
+        return
+    if cache.batch_index is not None or (cache.page_table is not None and cache._references is None):
+        raise ValueError("KVCache.grow: cache: got tables of someone else; need a cache that owns its storage")
+    if cache._references is None:
+        for name, tensor, dim in _per_token(cache):
+            setattr(cache, name, _enlarged(tensor, dim, max_seqlen))
+        return
+    assert cache._host_table is not None
+    added = -(-max_seqlen // cache.k.shape[2]) - cache._host_table.shape[1]
+    num_pages = cache.k.shape[0] + cache.batch * added
+    for name, tensor, _ in _per_token(cache):
+        setattr(cache, name, _enlarged(tensor, 0, num_pages))
+    cache._references = _enlarged(cache._references, 0, num_pages)
+    columns = cache._host_table.new_full((cache.batch, added), -1)
+    _replace_tables(cache, torch.cat([cache._host_table, columns], dim=1), cache._host_seqlens)
+
+
+def dense(cache: KVCache, dtype: torch.dtype, length: int | None) -> tuple[Tensor, Tensor]:
+    """Keys and values ``(batch, num_heads_kv, length, dim)`` in ``dtype``."""
+    if length is None:
+        length = int(cache.seqlens.max())
+    sides = []
+    for stored, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+        rows = cache.batch_index if cache.page_table is None else cache.page_table.clamp(min=0).flatten()
+        if rows is not None:
+            stored = _bytes(stored)[rows.long()].view(stored.dtype)
+            if scale is not None and scale.dim() > 1:
+                scale = scale[rows.long()]
+        values = scaled(stored, scale, cache._granularity, dtype)
+        if cache.page_table is not None:
+            values = values.unflatten(0, (cache.batch, -1)).transpose(1, 2).flatten(2, 3)
+        sides.append(values[:, :, :length])
+    return sides[0], sides[1]
+
+
+def _per_token(cache: KVCache) -> Iterator[tuple[str, Tensor, int]]:
+    """Name, tensor and dimension of tokens of whatever has an entry for each token."""
+    yield "k", cache.k, 2
+    yield "v", cache.v, 2
+    if cache._granularity > Granularity.TENSOR:
+        assert cache.k_scale is not None
+        assert cache.v_scale is not None
+        dim = 1 if cache._granularity == Granularity.TOKEN else 2
+        yield "k_scale", cache.k_scale, dim
+        yield "v_scale", cache.v_scale, dim
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """8-bit floats as integers: torch does not index them everywhere."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+
+
+def _enlarged(tensor: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = size
+    larger = _bytes(tensor).new_zeros(shape)
+    larger.narrow(dim, 0, tensor.shape[dim]).copy_(_bytes(tensor))
+    return larger.view(tensor.dtype)
+
+
+def _replace_tables(cache: KVCache, table: Tensor, seqlens: Tensor) -> None:
+    """Host tables, and their copies on the device of the storage (the same tensors on the CPU)."""
+    cache._host_table, cache._host_seqlens = table, seqlens
+    cache.page_table, cache.seqlens = table.to(cache.k.device), seqlens.to(cache.k.device)
