@@ -21,7 +21,9 @@ def test_module_runs_as_a_program() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["bench"], ["bench", "prefill"], ["bench", "train"], ["bench", "suite"]], ids=" ".join
+    "command",
+    [[], ["demo"], ["bench"], *(["bench", kind] for kind in ("prefill", "train", "decode", "hybrid", "suite"))],
+    ids=" ".join,
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -6,20 +6,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-_DTYPES = ["float32", "bfloat16", "float16"]
+from onepass.bench import cached_command
+from onepass.bench.command import DTYPES, parser, progress, setup, show_files
+
 _PARTS = ["forward", "backward", "window", "small"]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
+    bench = subparsers.add_parser(
         "bench",
         help="time onepass side by side with its peers",
         description="Times onepass and its peers in turns in one process (medians with quartiles) and writes JSON and "
         "charts.",
     )
-    kinds = parser.add_subparsers(metavar="benchmark", required=True)
+    kinds = bench.add_subparsers(metavar="benchmark", required=True)
     for kind, what in (("prefill", "the forward pass"), ("train", "forward and backward")):
-        sweep = _parser(kinds, kind, f"{what}, over sequence length and batch size")
+        sweep = parser(kinds, kind, f"{what}, over sequence length and batch size")
         _add_shape(sweep)
         sweep.add_argument(
             "--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="batch sizes of the second chart"
@@ -35,15 +37,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             help="torch: its scaled_dot_product_attention; eager: the formula, which stores all scores",
         )
         sweep.set_defaults(run=_sweep, kind=kind)
-    memory = _parser(kinds, "memory", "peak memory over sequence length, each call in a process of its own")
+    cached_command.add_parsers(kinds)
+    memory = parser(kinds, "memory", "peak memory over sequence length, each call in a process of its own")
     _add_shape(memory, dtypes=["float32"], seqlens=[256, 512, 1024, 2048, 4096])
     memory.add_argument(
         "--kind", choices=["prefill", "train"], default="train", help="forward, or forward and backward"
     )
     memory.set_defaults(run=_memory)
-    suite = _parser(kinds, "suite", "the CPU table of record: shapes, dtypes, window, small calls, share of sgemm")
+    suite = parser(kinds, "suite", "the CPU table of record: shapes, dtypes, window, small calls, share of sgemm")
     suite.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="what to measure")
-    suite.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=_DTYPES, help="in which dtypes")
+    suite.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="in which dtypes")
     suite.add_argument("--seconds", type=float, default=1.0, help="time to spend on each case")
     suite.add_argument("--update", action="store_true", help="keep the file's other parts, measured earlier")
     suite.set_defaults(run=_suite)
@@ -52,55 +55,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     plot.set_defaults(run=_plot)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
-
-
-def _parser(kinds: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=text, formatter_class=_Help)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
-    parser.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
-    parser.add_argument("--output", type=Path, default=Path("bench_output") / f"{name}.json", help="the JSON file")
-    return parser
-
-
 def _add_shape(
-    parser: argparse.ArgumentParser,
+    added: argparse.ArgumentParser,
     dtypes: list[str] | None = None,
     seqlens: list[int] | None = None,
 ) -> None:
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=_DTYPES, default=dtypes or ["float32", "bfloat16"], help="one panel each"
+    added.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=dtypes or ["float32", "bfloat16"], help="one panel each"
     )
-    parser.add_argument("--heads", type=int, default=8, help="query heads")
-    parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
-    parser.add_argument("--head-dim", type=int, default=64, help="channels of a head")
-    parser.add_argument(
+    added.add_argument("--heads", type=int, default=8, help="query heads")
+    added.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
+    added.add_argument("--head-dim", type=int, default=64, help="channels of a head")
+    added.add_argument(
         "--seqlens", type=int, nargs="+", default=seqlens or [128, 256, 512, 1024, 2048, 4096], help="sequence lengths"
     )
-    parser.add_argument("--full", action="store_true", help="no causal mask")
-    parser.add_argument("--window", type=int, help="sliding window: keys that a query sees, itself counted")
-
-
-def _setup(arguments: argparse.Namespace) -> Any:
-    import torch
-
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("onepass bench: --device: got cuda; need a GPU that torch can use")
-    return torch.device(arguments.device)
-
-
-def _progress() -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    added.add_argument("--full", action="store_true", help="no causal mask")
+    added.add_argument("--window", type=int, help="sliding window: keys that a query sees, itself counted")
 
 
 def _shapes(arguments: argparse.Namespace, kind: str) -> list[Any]:
@@ -120,46 +90,46 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from onepass.bench.record import Result, write
     from onepass.bench.timing import interleave
 
-    device = _setup(arguments)
+    device = setup(arguments)
     cases = []
     for case in _shapes(arguments, arguments.kind):
         cases += [("seqlen_k", case.at(seqlen_q=seqlen, seqlen_k=seqlen)) for seqlen in arguments.seqlens]
         cases += [("batch", case.at(batch=batch)) for batch in arguments.batches]
     results = []
-    with _progress() as progress:
-        task = progress.add_task("", total=len(cases))
+    with progress() as bar:
+        task = bar.add_task("", total=len(cases))
         for sweep, case in cases:
-            progress.update(task, description=case.label())
+            bar.update(task, description=case.label())
             inputs = Inputs.of(case, device)
             names = ["onepass", *arguments.peers]
             calls = {name: KINDS[case.kind](inputs, CONTENDERS[name](case, device)) for name in names}
             timings = interleave(calls, device, arguments.seconds)
             results += [Result(case, name, timing, sweep) for name, timing in timings.items()]
-            progress.advance(task)
+            bar.advance(task)
     write(arguments.output, device, (result.row() for result in results))
-    return _show_files(arguments.output)
+    return show_files(arguments.output)
 
 
 def _memory(arguments: argparse.Namespace) -> int:
     from onepass.bench.memory import measure
     from onepass.bench.record import write
 
-    device = _setup(arguments)
+    device = setup(arguments)
     cases = [
         case.at(seqlen_q=seqlen, seqlen_k=seqlen)
         for case in _shapes(arguments, arguments.kind)
         for seqlen in arguments.seqlens
     ]
     rows = []
-    with _progress() as progress:
-        task = progress.add_task("", total=3 * len(cases))
+    with progress() as bar:
+        task = bar.add_task("", total=3 * len(cases))
         for case in cases:
             for contender in ("onepass", "torch", "eager"):
-                progress.update(task, description=f"{case.label()}: {contender}")
+                bar.update(task, description=f"{case.label()}: {contender}")
                 rows.append({**measure(case, contender, device).row(), "sweep": "seqlen_k"})
-                progress.advance(task)
+                bar.advance(task)
     write(arguments.output, device, rows)
-    return _show_files(arguments.output)
+    return show_files(arguments.output)
 
 
 def _suite(arguments: argparse.Namespace) -> int:
@@ -168,19 +138,19 @@ def _suite(arguments: argparse.Namespace) -> int:
     from onepass.bench import suite
     from onepass.bench.record import read, write
 
-    device = _setup(arguments)
+    device = setup(arguments)
     rows = []
     cases = suite.cases(arguments.parts, arguments.dtypes)
-    with _progress() as progress:
-        task = progress.add_task("", total=len(cases))
+    with progress() as bar:
+        task = bar.add_task("", total=len(cases))
         for part, case in cases:
-            progress.update(task, description=case.label())
+            bar.update(task, description=case.label())
             rows.append(suite.measure(part, case, device, arguments.seconds).row())
-            progress.advance(task)
+            bar.advance(task)
     if arguments.update and arguments.output.exists():
         measured = {(row["part"], row["dtype"]) for row in rows}
         rows = [r for r in read(arguments.output)["results"] if (r["part"], r["dtype"]) not in measured] + rows
-        rows.sort(key=lambda row: (_PARTS.index(row["part"]), _DTYPES.index(row["dtype"])))
+        rows.sort(key=lambda row: (_PARTS.index(row["part"]), DTYPES.index(row["dtype"])))
     write(arguments.output, device, rows, summary=suite.summarise(rows))
     suite.show(rows, Console())
     print(f"written: {arguments.output}")
@@ -190,14 +160,7 @@ def _suite(arguments: argparse.Namespace) -> int:
 def _plot(arguments: argparse.Namespace) -> int:
     for record in arguments.records:
         try:
-            _show_files(record)
+            show_files(record)
         except (OSError, ValueError) as error:
             raise SystemExit(f"onepass {error}") from error
-    return 0
-
-
-def _show_files(record: Path) -> int:
-    from onepass.bench.plots import plot
-
-    print("written: " + ", ".join(str(path) for path in (record, *plot(record))))
     return 0
