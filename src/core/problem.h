@@ -5,13 +5,15 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "onepass/attention.h"
 #include "onepass/tensor.h"
 
 namespace onepass {
 
-inline constexpr std::int64_t kUnbounded = -1;  // window side without a limit
+// A window side without a limit. Any other value is one, also below 0: see core/piecewise.h.
+inline constexpr std::int64_t kUnbounded = std::numeric_limits<std::int64_t>::min();
 
 // One (batch, head, token, dim) operand; the dim stride is 1. Ragged: batch stride 0, tokens count from the total.
 struct Operand {

@@ -26,6 +26,8 @@ const Backend kCpuBackend{
     .forward = cpu::forward,
     .supports_backward = cpu::supports_backward,
     .backward = cpu::backward,
+    .supports_piecewise = cpu::supports_piecewise,
+    .piecewise = cpu::piecewise,
     .supports_merge = supports_merge,
     .merge = cpu::merge,
     .supports_append = cpu::supports_append,

@@ -2,6 +2,8 @@
 // of keys while it is in cache:
 //   for every key block: fetch K and V (halves are converted here, once for all panels)
 //     for every panel that sees it: Sᵀ = K·Qᵀ → logits → weights → Oᵀ = Oᵀ·rescale + Vᵀ·Pᵀ
+// The two parts of piecewise attention are two such attentions into one softmax: a block that the threshold cuts is met
+// by both, the segments of each leaving out what the other scores.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/forward.cpp"
 #include <hwy/foreach_target.h>
@@ -9,6 +11,7 @@
 #include <hwy/highway.h>
 
 #include "core/half.h"
+#include "core/piecewise.h"
 #include "cpu/dropout-inl.h"
 #include "cpu/panel-inl.h"
 #include "cpu/schedule.h"
@@ -36,8 +39,8 @@ PanelShape shape_of(const Problem& problem) {
 
 // A worker's memory.
 struct Scratch {
-  Panel* panels;
-  KeyBlock keys;
+  Panel* panels[kMaxParts];  // of a part; those of the second share the softmax state of the first
+  KeyBlock keys[kMaxParts];
   float* scores;        // [keys][width]
   float* tile_maximum;  // [width]
   float* rescale;       // [width]
@@ -45,23 +48,23 @@ struct Scratch {
   float* bias_staging;
   float* finite_values;  // [keys][dim_v]
 
-  Scratch(Arena arena, const Problem& problem, const PanelShape& shape) { take(arena, problem, shape); }
-  static std::size_t bytes(const Problem& problem, const PanelShape& shape) {
+  Scratch(Arena arena, Parts parts, const PanelShape& shape) { take(arena, parts, shape); }
+  static std::size_t bytes(Parts parts, const PanelShape& shape) {
     Arena arena;
-    Scratch(arena).take(arena, problem, shape);
+    Scratch(arena).take(arena, parts, shape);
     return arena.used();
   }
 
  private:
   explicit Scratch(const Arena&) {}
-  void take(Arena& arena, const Problem& problem, const PanelShape& shape) {
-    panels = arena.take<Panel>(shape.panels);
-    for (std::int64_t i = 0; i < shape.panels; ++i) {
-      Panel panel;
-      panel.take(arena, problem, shape);
-      if (panels != nullptr) new (panels + i) Panel(panel);
+  void take(Arena& arena, Parts parts, const PanelShape& shape) {
+    const Problem& problem = parts[0];
+    for (std::size_t part = 0; part < parts.size(); ++part) {
+      panels[part] = arena.take<Panel>(shape.panels);
+      for (std::int64_t i = 0; i < shape.panels; ++i) take_panel(arena, parts[part], shape, part, i);
+      keys[part].take_keys(arena, parts[part], shape);
     }
-    keys.take(arena, problem, shape);
+    keys[0].take_values(arena, problem, shape);
     scores = arena.take<float>(shape.keys * shape.width);
     tile_maximum = arena.take<float>(shape.width);
     rescale = arena.take<float>(shape.width);
@@ -69,10 +72,22 @@ struct Scratch {
     bias_staging = problem.bias ? arena.take<float>(bias_staging_size(shape.keys)) : nullptr;
     finite_values = arena.take<float>(shape.keys * shape.dim_v);
   }
+
+  void take_panel(Arena& arena, const Problem& problem, const PanelShape& shape, std::size_t part, std::int64_t i) {
+    const bool measuring = panels[part] == nullptr;
+    Panel panel;
+    if (part == 0) {
+      panel.take(arena, problem, shape);
+    } else {
+      if (!measuring) panel = panels[0][i];
+      panel.take_queries(arena, problem, shape);
+    }
+    if (!measuring) new (panels[part] + i) Panel(panel);
+  }
 };
 
-void attend_tile(const Problem& problem, const ScoreTerms& terms, Panel& panel, KeySpan span, Scratch& s) {
-  const KeyBlock& block = s.keys;
+void attend_tile(const Problem& problem, const ScoreTerms& terms, Panel& panel, const KeyBlock& block, KeySpan span,
+                 Scratch& s) {
   const std::int64_t skipped = span.first - block.first;
   const Broadcast k{block.k.data + skipped * block.k.stride, block.k.stride};
   const Broadcast v{block.v.data + skipped * block.v.stride, block.v.stride};
@@ -114,34 +129,46 @@ void write_panel(const Problem& problem, const ScoreTerms& terms, const RowSet& 
 }
 
 template <class T>
-void forward_block(const Problem& problem, const ScoreTerms& terms, const RowBlock& block, std::int64_t head_kv,
+void forward_block(Parts parts, const ScoreTerms& terms, const RowBlock& block, std::int64_t head_kv,
                    std::int64_t width, Scratch& s) {
-  const RowSet rows = group_rows(problem, block.batch, head_kv);
+  const RowSet rows = group_rows(parts[0], block.batch, head_kv);
   const std::int64_t panels = (block.rows + width - 1) / width;
   std::int64_t begin = INT64_MAX, end = 0;
-  for (std::int64_t i = 0; i < panels; ++i) {
-    Panel& panel = s.panels[i];
-    const std::int64_t first = block.first_row + i * width;
-    const std::int64_t count = std::min(width, block.first_row + block.rows - first);
-    panel.load<T>(problem, rows, first, count, terms.query_factor, s.staging);
-    panel.clear(problem.head_dim_v);
-    begin = std::min(begin, panel.lanes.min_begin);
-    end = std::max(end, panel.lanes.max_end);
-  }
-  for (std::int64_t key = begin / kBlockKeys * kBlockKeys; key < end; key += kBlockKeys) {
-    s.keys.fetch<T>(problem, rows, key, std::min(kBlockKeys, end - key));
+  for (std::size_t part = 0; part < parts.size(); ++part) {
     for (std::int64_t i = 0; i < panels; ++i) {
-      Panel& panel = s.panels[i];
-      const KeySpan span = seen_span(panel.lanes, key, s.keys.count);
-      if (span.count <= 0) continue;
-      attend_tile(problem, terms, panel, span, s);
+      Panel& panel = s.panels[part][i];
+      const std::int64_t first = block.first_row + i * width;
+      const std::int64_t count = std::min(width, block.first_row + block.rows - first);
+      panel.load<T>(parts[part], rows, first, count, terms.query_factor, s.staging);
+      if (part == 0) panel.clear(parts[0].head_dim_v);
+      begin = std::min(begin, panel.lanes.min_begin);
+      end = std::max(end, panel.lanes.max_end);
     }
   }
-  for (std::int64_t i = 0; i < panels; ++i) write_panel<T>(problem, terms, rows, s.panels[i], s);
+  for (std::int64_t key = begin / kBlockKeys * kBlockKeys; key < end; key += kBlockKeys) {
+    const std::int64_t keys = std::min(kBlockKeys, end - key);
+    bool has_values = false;
+    for (std::size_t part = 0; part < parts.size(); ++part) {
+      KeyBlock& fetched = s.keys[part];
+      bool has_keys = false;
+      for (std::int64_t i = 0; i < panels; ++i) {
+        Panel& panel = s.panels[part][i];
+        const KeySpan span = seen_span(panel.lanes, key, keys);
+        if (span.count <= 0) continue;
+        if (!has_values) s.keys[0].fetch_values<T>(parts[0], rows, key, keys);
+        if (!has_keys) fetched.fetch_keys<T>(parts[part], rows, key, keys);
+        has_values = has_keys = true;
+        fetched.v = s.keys[0].v;
+        attend_tile(parts[part], terms, panel, fetched, span, s);
+      }
+    }
+  }
+  for (std::int64_t i = 0; i < panels; ++i) write_panel<T>(parts[0], terms, rows, s.panels[0][i], s);
 }
 
+// `problem` has the outputs, and sees the keys of all parts.
 template <class T>
-void forward_typed(const Problem& problem, const ExecutionContext& context) {
+void forward_typed(const Problem& problem, Parts parts, const ExecutionContext& context) {
   const ScoreTerms terms(problem);
   const PanelShape shape = shape_of(problem);
   const std::vector<RowBlock> blocks = schedule_rows(problem, problem.group_size(), problem.num_heads_kv, shape.width,
@@ -150,16 +177,16 @@ void forward_typed(const Problem& problem, const ExecutionContext& context) {
   for (const RowBlock& block : blocks) pairs += block.keys;
   const double flops = 2.0 * pairs * double(problem.num_heads_kv) * double(problem.head_dim + problem.head_dim_v);
   const auto count = static_cast<std::int64_t>(blocks.size()) * problem.num_heads_kv;
-  run_tasks(context, count, flops, Scratch::bytes(problem, shape), [&](std::int64_t index, std::byte* memory) {
-    Scratch scratch(Arena(memory), problem, shape);
+  run_tasks(context, count, flops, Scratch::bytes(parts, shape), [&](std::int64_t index, std::byte* memory) {
+    Scratch scratch(Arena(memory), parts, shape);
     const RowBlock& block = blocks[static_cast<std::size_t>(index / problem.num_heads_kv)];
-    forward_block<T>(problem, terms, block, index % problem.num_heads_kv, shape.width, scratch);
+    forward_block<T>(parts, terms, block, index % problem.num_heads_kv, shape.width, scratch);
   });
 }
 
-void forward_tier(const Problem& problem, const ExecutionContext& context) {
+void forward_tier(const Problem& problem, Parts parts, const ExecutionContext& context) {
   with_float_type(problem.dtype, [&]<class T>(T) {
-    if constexpr (!std::is_same_v<T, double>) forward_typed<T>(problem, context);
+    if constexpr (!std::is_same_v<T, double>) forward_typed<T>(problem, parts, context);
   });
 }
 
@@ -168,6 +195,9 @@ void forward_tier(const Problem& problem, const ExecutionContext& context) {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
+#include <optional>
+
+#include "core/with_lse.h"
 #include "cpu/few_rows.h"
 #include "cpu/forward.h"
 #include "cpu/isa.h"
@@ -203,23 +233,30 @@ Unsupported supports_forward(const Problem& problem) {
 }
 
 void forward(const Problem& problem, const ExecutionContext& context) {
-  const auto run = has_few_rows(problem) ? forward_few_rows : dispatch(HWY_DISPATCH_TABLE(forward_tier));
-  if (!problem.total_attention) {
-    run(problem, context);
-    return write_unowned(problem);
+  const WithLse with_lse(problem, context);
+  const Parts parts(&with_lse.problem(), 1);
+  std::optional<TotalAttention> total;  // takes its memory before the first pass writes
+  if (problem.total_attention) total.emplace(parts, context);
+  if (has_few_rows(problem)) {
+    forward_few_rows(with_lse.problem(), context);
+  } else {
+    dispatch(HWY_DISPATCH_TABLE(forward_tier))(problem, parts, context);
   }
-  // The column sums are a second pass over the scores, from the LSE of the first.
-  Problem with_lse = problem;
-  const std::int64_t rows = problem.num_heads * problem.total_q;
-  const Workspace lse(context, problem.device, problem.lse ? 0 : static_cast<std::size_t>(rows) * sizeof(float));
-  if (!problem.lse) {
-    with_lse.lse = {.data = lse.as<float>(),
-                    .batch_stride = problem.ragged() ? 0 : problem.num_heads * problem.seqlen_q,
-                    .head_stride = problem.ragged() ? problem.total_q : problem.seqlen_q};
-  }
-  run(with_lse, context);
-  write_unowned(with_lse);
-  total_attention(with_lse, context);
+  write_unowned(with_lse.problem());
+  if (total) total->run();
+}
+
+Unsupported supports_piecewise(const PiecewiseProblem& problem) { return supports_forward(problem.near); }
+
+void piecewise(const PiecewiseProblem& problem, const ExecutionContext& context) {
+  const WithLse with_lse(problem.near, context);
+  const PiecewiseProblem complete{with_lse.problem(), problem.far};
+  const Problem near_and_far[] = {near_part(complete), far_part(complete)};
+  const Parts parts(near_and_far);
+  std::optional<TotalAttention> total;
+  if (problem.near.total_attention) total.emplace(parts, context);
+  dispatch(HWY_DISPATCH_TABLE(forward_tier))(problem.near, parts, context);
+  if (total) total->run();
 }
 
 }  // namespace onepass::cpu

@@ -40,11 +40,16 @@ struct Panel {
   float* sum = nullptr;      // [width]
 
   void take(Arena& arena, const Problem& problem, const PanelShape& shape) {
-    lanes.take(arena, problem, shape.width);
-    q = arena.take<float>(padded(shape.dim) * shape.width);
+    take_queries(arena, problem, shape);
     out = arena.take<float>(padded(shape.dim_v) * shape.width);
     maximum = arena.take<float>(shape.width);
     sum = arena.take<float>(shape.width);
+  }
+
+  // Lanes and queries alone: the softmax state is another panel's.
+  void take_queries(Arena& arena, const Problem& problem, const PanelShape& shape) {
+    lanes.take(arena, problem, shape.width);
+    q = arena.take<float>(padded(shape.dim) * shape.width);
   }
 
   // Takes rows [first, first + count) and packs their queries; staging: lane_count()² floats.
@@ -79,14 +84,15 @@ struct KeyBlock {
   // No power-of-two row stride: rows would share L1 sets.
   static std::int64_t row_stride(std::int64_t dim) { return padded(dim) + 16; }
 
-  void take(Arena& arena, const Problem& problem, const PanelShape& shape) {
+  void take_keys(Arena& arena, const Problem& problem, const PanelShape& shape) {
     if (copies(problem, problem.k, shape)) k_floats = arena.take<float>(shape.keys * row_stride(shape.dim));
+  }
+  void take_values(Arena& arena, const Problem& problem, const PanelShape& shape) {
     if (copies(problem, problem.v, shape)) v_floats = arena.take<float>(shape.keys * row_stride(shape.dim_v));
   }
 
   template <class T>
-  void fetch(const Problem& problem, const RowSet& rows, std::int64_t first_key, std::int64_t keys) {
-    fetch_keys<T>(problem, rows, first_key, keys);
+  void fetch_values(const Problem& problem, const RowSet& rows, std::int64_t first_key, std::int64_t keys) {
     v = as_floats<T>(problem.v, rows, first_key, keys, problem.head_dim_v, v_floats);
   }
 

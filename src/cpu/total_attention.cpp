@@ -7,6 +7,7 @@
 #include <hwy/highway.h>
 
 #include "core/half.h"
+#include "core/piecewise.h"
 #include "cpu/segments-inl.h"
 #include "cpu/workers.h"
 
@@ -37,7 +38,7 @@ struct ColumnScratch {
   explicit ColumnScratch(const Arena&) {}
   void take(Arena& arena, const Problem& problem, const PanelShape& shape) {
     panel.take(arena, problem, shape);
-    for (KeyBlock& block : blocks) block.take(arena, problem, shape);
+    for (KeyBlock& block : blocks) block.take_keys(arena, problem, shape);
     scores = arena.take<float>(shape.keys * shape.width);
     tile_maximum = arena.take<float>(shape.width);
     lse = arena.take<float>(shape.width);
@@ -72,16 +73,15 @@ void load_lse(const Problem& problem, const RowSet& rows, const Panel& panel, fl
   }
 }
 
+// Adds the weights of keys [first_key, end_key) to s.columns, over all rows.
 template <class T>
-void sum_columns(const Problem& problem, const ScoreTerms& terms, const RowSet& rows, std::int64_t first_key,
-                 const PanelShape& shape, ColumnScratch& s) {
-  const std::int64_t end_key = std::min(rows.sequence.seqlen_k, first_key + kTaskBlocks * kBlockKeys);
+void add_part(const Problem& problem, const ScoreTerms& terms, const RowSet& rows, std::int64_t first_key,
+              std::int64_t end_key, const PanelShape& shape, ColumnScratch& s) {
   const std::int64_t blocks = (end_key - first_key + kBlockKeys - 1) / kBlockKeys, lanes = lane_count();
   for (std::int64_t b = 0; b < blocks; ++b) {
     const std::int64_t key = first_key + b * kBlockKeys;
     s.blocks[b].template fetch_keys<T>(problem, rows, key, std::min(kBlockKeys, end_key - key));
   }
-  std::fill_n(s.columns, (end_key - first_key) * lanes, 0.0f);
   std::fill_n(s.tile_maximum, shape.width, 0.0f);
   for (std::int64_t row = 0; row < rows.size(); row += shape.width) {
     Panel& panel = s.panel;
@@ -100,45 +100,67 @@ void sum_columns(const Problem& problem, const ScoreTerms& terms, const RowSet& 
       add_columns(tile, terms.unit(), s.lse, s.columns + (block.first - first_key) * lanes);
     }
   }
+}
+
+template <class T>
+void sum_columns(Parts parts, const ScoreTerms& terms, const RowSet& rows, std::int64_t first_key,
+                 const PanelShape& shape, ColumnScratch& s) {
+  const std::int64_t end_key = std::min(rows.sequence.seqlen_k, first_key + kTaskBlocks * kBlockKeys);
+  const std::int64_t lanes = lane_count();
+  std::fill_n(s.columns, (end_key - first_key) * lanes, 0.0f);
+  for (const Problem& part : parts) add_part<T>(part, terms, rows, first_key, end_key, shape, s);
   const FloatTag f;
   for (std::int64_t key = first_key; key < end_key; ++key) {
     const Floats sums = hn::Load(f, s.columns + (key - first_key) * lanes);
-    problem.total_attention.at<float>(rows.batch, rows.first_head, rows.sequence.key_start + key) =
+    parts[0].total_attention.at<float>(rows.batch, rows.first_head, rows.sequence.key_start + key) =
         hn::GetLane(hn::SumOfLanes(f, sums));
   }
 }
 
-template <class T>
-void total_typed(const Problem& problem, const ExecutionContext& context) {
-  const ScoreTerms terms(problem);
-  const std::int64_t task_keys = kTaskBlocks * kBlockKeys;
-  const PanelShape shape{
+constexpr std::int64_t kTaskKeys = kTaskBlocks * kBlockKeys;
+
+// Tasks of one head.
+std::int64_t chunks_of(const Problem& problem) { return (problem.seqlen_k + kTaskKeys - 1) / kTaskKeys; }
+
+PanelShape shape_of(const Problem& problem) {
+  return {
       .width = std::min(panel_width(), padded(std::max<std::int64_t>(1, problem.seqlen_q))),
       .panels = 1,
       .keys = std::clamp<std::int64_t>(problem.seqlen_k, 1, kBlockKeys),
       .dim = problem.head_dim,
       .dim_v = problem.head_dim_v,
   };
-  const std::int64_t chunks = (problem.seqlen_k + task_keys - 1) / task_keys;
-  const std::int64_t planes = problem.batch * problem.num_heads;
-  const double flops = 2.0 * double(planes) * double(problem.seqlen_q) * double(problem.seqlen_k * problem.head_dim);
-  run_tasks(context, planes * chunks, flops, ColumnScratch::bytes(problem, shape),
-            [&](std::int64_t index, std::byte* memory) {
-              ColumnScratch scratch(Arena(memory), problem, shape);
-              const std::int64_t plane = index / chunks, head = plane % problem.num_heads;
-              RowSet rows = group_rows(problem, plane / problem.num_heads, head / problem.group_size());
-              rows.first_head = head;
-              rows.heads = 1;
-              const std::int64_t first_key = index % chunks * task_keys;
-              if (first_key < rows.sequence.seqlen_k) {
-                sum_columns<T>(problem, terms, rows, first_key, shape, scratch);
-              }
-            });
 }
 
-void total_tier(const Problem& problem, const ExecutionContext& context) {
-  with_float_type(problem.dtype, [&]<class T>(T) {
-    if constexpr (!std::is_same_v<T, double>) total_typed<T>(problem, context);
+TaskSet tasks_tier(Parts parts) {
+  const Problem& problem = parts[0];
+  const std::int64_t planes = problem.batch * problem.num_heads;
+  return {.count = planes * chunks_of(problem),
+          .flops = 2.0 * double(planes) * double(problem.seqlen_q) * double(problem.seqlen_k * problem.head_dim),
+          .scratch_bytes = ColumnScratch::bytes(problem, shape_of(problem))};
+}
+
+template <class T>
+void total_typed(Parts parts, const Workers& workers) {
+  const Problem& problem = parts[0];
+  const ScoreTerms terms(problem);
+  const PanelShape shape = shape_of(problem);
+  const std::int64_t chunks = chunks_of(problem);
+  workers.run([&](std::int64_t index, std::byte* memory) {
+    const std::int64_t plane = index / chunks, head = plane % problem.num_heads;
+    RowSet rows = group_rows(problem, plane / problem.num_heads, head / problem.group_size());
+    rows.first_head = head;
+    rows.heads = 1;
+    const std::int64_t first_key = index % chunks * kTaskKeys;
+    if (first_key >= rows.sequence.seqlen_k) return;
+    ColumnScratch scratch(Arena(memory), problem, shape);
+    sum_columns<T>(parts, terms, rows, first_key, shape, scratch);
+  });
+}
+
+void total_tier(Parts parts, const Workers& workers) {
+  with_float_type(parts[0].dtype, [&]<class T>(T) {
+    if constexpr (!std::is_same_v<T, double>) total_typed<T>(parts, workers);
   });
 }
 
@@ -152,11 +174,16 @@ HWY_AFTER_NAMESPACE();
 
 namespace onepass::cpu {
 namespace {
+HWY_EXPORT(tasks_tier);
 HWY_EXPORT(total_tier);
-}
+}  // namespace
 
-void total_attention(const Problem& problem, const ExecutionContext& context) {
-  dispatch(HWY_DISPATCH_TABLE(total_tier))(problem, context);
+TotalAttention::TotalAttention(Parts parts, const ExecutionContext& context)
+    : parts_(parts), workers_(context, dispatch(HWY_DISPATCH_TABLE(tasks_tier))(parts)) {}
+
+void TotalAttention::run() const {
+  dispatch(HWY_DISPATCH_TABLE(total_tier))(parts_, workers_);
+  const Problem& problem = parts_[0];
   const KeyRange keys = unowned_keys(problem);
   for (std::int64_t head = 0; head < problem.num_heads; ++head) {
     for (std::int64_t j = keys.begin; j < keys.end; ++j) problem.total_attention.at<float>(0, head, j) = 0.0f;

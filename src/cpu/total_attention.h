@@ -1,12 +1,22 @@
 // cpu/total_attention.h: column sums of the softmax weights, from the LSE.
 #pragma once
 
-#include "core/problem.h"
+#include "core/piecewise.h"
+#include "cpu/workers.h"
 #include "onepass/execution.h"
 
 namespace onepass::cpu {
 
-// Writes problem.total_attention; problem.lse holds what the forward pass wrote.
-void total_attention(const Problem& problem, const ExecutionContext& context);
+// The second pass of a call that wants total attention. Takes its memory when constructed, so before the first pass
+// has written anything; runs after it. The parts' lse is given.
+class TotalAttention {
+ public:
+  TotalAttention(Parts parts, const ExecutionContext& context);
+  void run() const;
+
+ private:
+  Parts parts_;
+  Workers workers_;
+};
 
 }  // namespace onepass::cpu

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/parallel.h"
+#include "core/with_lse.h"
 #include "cuda/device.h"
 #include "cuda/hopper/kernels.h"
 #include "cuda/hopper/tensor_map.h"
@@ -148,16 +149,10 @@ Unsupported supports_forward(const Problem& p) {
 
 void forward(const Problem& problem, const ExecutionContext& context) {
   const DeviceGuard guard(problem.device.index);
-  // Total attention is a second pass over the keys, which needs the LSE also where the caller did not ask for it.
-  const bool own_lse = problem.total_attention && !problem.lse;
-  const Workspace lse(context, problem.device, own_lse ? problem.num_heads * problem.total_q * sizeof(float) : 0);
-  Problem attended = problem;
-  if (own_lse) {
-    const std::int64_t tokens = problem.ragged() ? problem.total_q : problem.seqlen_q;
-    attended.lse = {lse.as<float>(), problem.ragged() ? 0 : problem.num_heads * tokens, tokens, 1};
-  }
-  if (problem.ragged()) clear_unowned_queries(attended, problem.out, problem.head_dim_v, attended.lse, context);
+  const WithLse with_lse(problem, context);
+  const Problem& attended = with_lse.problem();
   attend(attended, context);
+  if (problem.ragged()) clear_unowned_queries(attended, problem.out, problem.head_dim_v, attended.lse, context);
   if (problem.total_attention) sum_columns(attended, context);
 }
 
