@@ -21,6 +21,8 @@ def select(cache: KVCache, index: Tensor) -> None:
         assert cache._host_table is not None
         on_host = chosen.cpu()
         table = cache._host_table[on_host]
+        if cache.k.shape[0] == cache._host_table.numel():  # pages for every sequence at its longest: keep it so
+            _enlarge_pool(cache, table.numel())
         cache._references = torch.bincount(table[table >= 0], minlength=cache.k.shape[0]).to(torch.int32)
         _replace_tables(cache, table, cache._host_seqlens[on_host])
     elif cache.page_table is not None or cache.batch_index is not None:
@@ -51,10 +53,7 @@ def grow(cache: KVCache, max_seqlen: int) -> None:
         return
     assert cache._host_table is not None
     added = -(-max_seqlen // cache.k.shape[2]) - cache._host_table.shape[1]
-    num_pages = cache.k.shape[0] + cache.batch * added
-    for name, tensor, _ in _per_token(cache):
-        setattr(cache, name, _enlarged(tensor, 0, num_pages))
-    cache._references = _enlarged(cache._references, 0, num_pages)
+    _enlarge_pool(cache, cache.k.shape[0] + cache.batch * added)
     columns = cache._host_table.new_full((cache.batch, added), -1)
     _replace_tables(cache, torch.cat([cache._host_table, columns], dim=1), cache._host_seqlens)
 
@@ -87,6 +86,15 @@ def _per_token(cache: KVCache) -> Iterator[tuple[str, Tensor, int]]:
         dim = 1 if cache._granularity == Granularity.TOKEN else 2
         yield "k_scale", cache.k_scale, dim
         yield "v_scale", cache.v_scale, dim
+
+
+def _enlarge_pool(cache: KVCache, num_pages: int) -> None:
+    assert cache._references is not None
+    if num_pages <= cache.k.shape[0]:
+        return
+    for name, tensor, _ in _per_token(cache):
+        setattr(cache, name, _enlarged(tensor, 0, num_pages))
+    cache._references = _enlarged(cache._references, 0, num_pages)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -272,7 +272,8 @@ class KVCache:
 
         Args:
             index: integers ``(new batch)``; the batch may become larger or smaller. Sequences share pages until one of
-                them writes to a page; a contiguous cache copies its tokens.
+                them writes to a page (a pool with pages for all grows with the batch); a contiguous cache copies its
+                tokens.
         """
         _cache_storage.select(self, index)
 

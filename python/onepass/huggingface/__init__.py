@@ -12,10 +12,11 @@ from __future__ import annotations
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from onepass.huggingface.attention import onepass_attention
+from onepass.huggingface.cache import OnepassCache
 from onepass.huggingface.masks import Visibility, VisibleKeys, onepass_mask
 from onepass.huggingface.models import register_models
 
-__all__ = ["Visibility", "VisibleKeys", "onepass_attention", "onepass_mask", "register"]
+__all__ = ["OnepassCache", "Visibility", "VisibleKeys", "onepass_attention", "onepass_mask", "register"]
 
 
 def register(name: str = "onepass") -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepass.decode import cached_attention
 from onepass.functional import attention, varlen_attention
+from onepass.huggingface.cache import CachedStates
 from onepass.huggingface.masks import Visibility, VisibleKeys, Window
 
 
@@ -35,7 +37,9 @@ def onepass_attention(
 
     Args:
         query: (batch, num_heads, seqlen_q, head_dim).
-        key, value: (batch, num_heads_kv, seqlen_k, head_dim), not repeated over the query heads of a group.
+        key, value: (batch, num_heads_kv, seqlen_k, head_dim), not repeated over the query heads of a group; those of an
+            :class:`OnepassCache` are read where they are stored, except with a position bias, dropout, right padding or
+            a mask without a description, which take dequantized copies.
         attention_mask: a :class:`VisibleKeys`; or a boolean mask (true: visible) or a float mask (added to the
             scores), broadcastable to (batch, num_heads, seqlen_q, seqlen_k); or None.
         sliding_window: tokens that a query sees, itself counted; used when no mask says it.
@@ -79,6 +83,11 @@ def onepass_attention(
         "sinks": s_aux,
         "dropout_p": dropout,
     }
+    if isinstance(key, CachedStates) and isinstance(value, CachedStates):
+        plain = packed is None and position_bias is None and dropout == 0.0
+        if plain and visibility.dense is None and visibility.key_end is None:
+            return _cached(query, key, visibility, options), None
+        key, value = key.dequantized(), value.dequantized()
     if packed is not None:
         return _packed(query, key, value, packed, position_bias, options), None
 
@@ -100,18 +109,29 @@ def _without_description(
     """The visibility of a call whose mask is None or a plain tensor.
 
     None means what it means to transformers' SDPA function: everything is visible, up to the diagonal if the module is
-    causal; with more keys than queries the extra ones are a static cache's unused tail. One query sees every key.
+    causal; with more keys than queries the extra ones are a static cache's unused tail (an OnepassCache has none). One
+    query sees every key.
     """
     (batch, _, seqlen_q, _), seqlen_k = query.shape, key.shape[2]
     if mask is not None:
         dense = mask[..., :seqlen_k]
         return Visibility(batch, seqlen_q, seqlen_k, seqlen_k, dense=dense)
     causal = is_causal and seqlen_q > 1
+    if isinstance(key, CachedStates):
+        causal = is_causal
     window: Window = (None, None)
     if sliding_window is not None:
         window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
-    keys_used = min(seqlen_q, seqlen_k) if causal else seqlen_k
+    keys_used = min(seqlen_q, seqlen_k) if causal and not isinstance(key, CachedStates) else seqlen_k
     return Visibility(batch, seqlen_q, seqlen_k, keys_used, causal, window)
+
+
+def _cached(query: Tensor, states: CachedStates, visibility: Visibility, options: dict[str, Any]) -> Tensor:
+    """Attention over the stored keys and values themselves."""
+    cache = states.layer.cache
+    cache.first_key = visibility.key_begin
+    scored = {name: value for name, value in options.items() if name != "dropout_p"}
+    return cached_attention(query, cache, **scored).transpose(1, 2).contiguous()
 
 
 def _packed(
