@@ -168,7 +168,7 @@ def test_driver_lines_become_charts(tmp_path: Path) -> None:
         ("decode", "batch", "512 keys"),
         ("decode", "batch", "1024 keys"),
         ("prefill", "seqlen_k", "ALiBi"),
-        ("prefill", "seqlen_k", "no ALiBi"),
+        ("prefill", "seqlen_k", "onepass"),
         ("hybrid", "prefill_fraction", "onepass"),
         ("hybrid", "prefill_fraction", "apart"),
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-# Fields of a line that can be an axis, and how those that vary beside it are written in a legend.
+# Fields of a line that can be an axis, and how those that vary beside it are written in a legend ("": not at all).
 _AXES = ("seqlen_k", "batch", "prefill_fraction")
 _LEGEND: dict[str, Callable[[Any], str]] = {
     "backend": str,
@@ -22,11 +22,11 @@ _LEGEND: dict[str, Callable[[Any], str]] = {
     "seqlen_k": lambda count: f"{count} keys",
     "head_dim": lambda count: f"head_dim {count}",
     "causal": lambda causal: "causal" if causal else "full",
-    "window": lambda window: f"window {window}" if window else "no window",
-    "alibi": lambda alibi: "ALiBi" if alibi else "no ALiBi",
+    "window": lambda window: f"window {window}" if window else "",
+    "alibi": lambda alibi: "ALiBi" if alibi else "",
     "query_dtype": lambda dtype: f"{dtype} queries",
-    "page_size": lambda size: f"pages of {size}" if size else "contiguous",
-    "num_splits": lambda count: f"{count} splits" if count else "splits as chosen",
+    "page_size": lambda size: f"pages of {size}" if size else "",
+    "num_splits": lambda count: f"{count} splits" if count else "",
     "prefill_fraction": lambda percent: f"{percent} % prefill",
 }
 
@@ -67,9 +67,14 @@ def _rows(kind: str, results: list[Row]) -> list[Row]:
         for line in found:
             series.setdefault((line["dtype"], *(line[field] for field in others)), []).append(line)
         series = {key: lines for key, lines in series.items() if len({line[axis] for line in lines}) > 1}
-        varying = [field for i, field in enumerate(others) if len({key[i + 1] for key in series}) > 1]
+        dtypes = {key[0] for key in series}
+        varying = [
+            field
+            for i, field in enumerate(others, start=1)
+            if any(len({key[i] for key in series if key[0] == dtype}) > 1 for dtype in dtypes)
+        ]
         for lines in series.values():
-            name = ", ".join(_LEGEND[field](lines[0][field]) for field in varying)
+            name = ", ".join(filter(None, (_LEGEND[field](lines[0][field]) for field in varying)))
             rows += [row for line in lines for row in _contenders(line, name, axis)]
     return rows
 

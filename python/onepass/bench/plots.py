@@ -64,9 +64,10 @@ def _figure(rows: list[Row], kind: str, sweep: str, environment: dict[str, Any])
     quantity = _quantity(rows[0])
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure = Figure(figsize=(max(4.6 * len(dtypes), 6.5) + 0.6, 4.6), layout="constrained")
+    colors = _colors(rows)
     panels = figure.subplots(1, len(dtypes), squeeze=False, sharey=quantity != "ms")[0]
     for panel, dtype in zip(panels, dtypes, strict=True):
-        _panel(panel, [row for row in rows if row["dtype"] == dtype], sweep, quantity)
+        _panel(panel, [row for row in rows if row["dtype"] == dtype], sweep, quantity, colors)
         panel.set(title=dtype, xlabel=AXES[sweep] + (", % of the sequences" if sweep == "prefill_fraction" else ""))
     panels[0].set_ylabel(_LABELS[quantity])
     handles: dict[str, Any] = {}
@@ -111,17 +112,24 @@ def _shape(rows: list[Row], sweep: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _panel(axes: Axes, rows: list[Row], sweep: str, quantity: str) -> None:
+def _colors(rows: list[Row]) -> dict[str, str]:
+    """The same for a contender in every panel."""
+    names = dict.fromkeys(row["contender"] for row in rows)
+    others = [name for name in names if name not in STYLES]
+    return {name: STYLES[name][1] if name in STYLES else f"C{others.index(name) % 10}" for name in names}
+
+
+def _panel(axes: Axes, rows: list[Row], sweep: str, quantity: str, colors: dict[str, str]) -> None:
     for contender in dict.fromkeys(row["contender"] for row in rows):
         points = sorted(
             ((r[sweep], r) for r in rows if r["contender"] == contender and r[quantity] is not None), key=_x
         )
         x = [value for value, _ in points]
-        label, color = STYLES.get(contender, (contender, None))
-        (line,) = axes.plot(x, [row[quantity] for _, row in points], "o-", markersize=4, label=label, color=color)
+        label, color = STYLES.get(contender, (contender, ""))[0], colors[contender]
+        axes.plot(x, [row[quantity] for _, row in points], "o-", markersize=4, label=label, color=color)
         if quantity != "mebibytes" and points:
             low, high = zip(*(_spread(row, quantity) for _, row in points), strict=True)
-            axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+            axes.fill_between(x, low, high, alpha=0.2, color=color)
     ticks = sorted({row[sweep] for row in rows})
     if quantity == "gbps" and "read_gbps" in rows[0]:
         read = [next(row["read_gbps"] for row in rows if row[sweep] == tick) for tick in ticks]
