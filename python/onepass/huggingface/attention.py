@@ -30,7 +30,6 @@ def onepass_attention(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
-    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention with transformers' calling convention (``AttentionInterface``).
@@ -50,10 +49,6 @@ def onepass_attention(
     Returns:
         (batch, seqlen_q, num_heads, head_dim_v) and None: attention weights are never formed.
     """
-    if cache is not None:
-        raise NotImplementedError(
-            'onepass.huggingface: cache: got a paged cache; need attn_implementation="paged|eager"'
-        )
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:
         query = query.expand(key.shape[0], -1, -1, -1)
 
