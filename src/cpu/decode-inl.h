@@ -101,12 +101,13 @@ HWY_INLINE Floats broadcast(const float* p) {
   }
 }
 
-// scores[key][row] for kConvertedKeys converted keys.
-template <int kRows>
+// scores[key][row] for kConvertedKeys converted keys. `ahead` fetches as much as their storage meanwhile.
+template <class T, int kRows>
 HWY_NOINLINE void score_rows(const float* HWY_RESTRICT keys, const float* HWY_RESTRICT q, std::int64_t dim,
-                             float* HWY_RESTRICT scores) {
+                             LineFetcher ahead, float* HWY_RESTRICT scores) {
   const FloatTag f;
   constexpr int kPartials = kLanes / kRows;
+  constexpr int kStepBytes = kAccumulators * kPartials * sizeof(T);
   for (std::int64_t key = 0; key < kConvertedKeys; key += kAccumulators) {
     const float* HWY_RESTRICT at = keys + key * kConvertedStride;
     Floats sums[kAccumulators];
@@ -114,6 +115,7 @@ HWY_NOINLINE void score_rows(const float* HWY_RESTRICT keys, const float* HWY_RE
     for (int i = 0; i < kAccumulators; ++i) sums[i] = hn::Zero(f);
     for (std::int64_t s = 0; s < dim; s += kPartials) {
       const Floats qv = hn::Load(f, q + s * kRows);
+      ahead.keep_pace<kStepBytes>(s / kPartials);
       HWY_UNROLL(16)
       for (int i = 0; i < kAccumulators; ++i) {
         sums[i] = hn::MulAdd(broadcast<kPartials>(at + i * kConvertedStride + s), qv, sums[i]);
@@ -125,20 +127,18 @@ HWY_NOINLINE void score_rows(const float* HWY_RESTRICT keys, const float* HWY_RE
   }
 }
 
-// The listed rows in storage order of Unpack, converted one behind the other. next[key] is fetched ahead.
+// The listed rows in storage order of Unpack, converted one behind the other.
 template <class T>
-HWY_NOINLINE void convert_block(const T* const* rows, const T* const* next, const std::int32_t* keys,
-                                std::int64_t count, std::int64_t dim, float* dst) {
+HWY_NOINLINE void convert_block(const T* const* rows, const std::int32_t* keys, std::int64_t count, std::int64_t dim,
+                                float* dst) {
   const FloatTag f;
   constexpr int kVectors = Unpack<T>::kVectors;
   for (std::int64_t n = 0; n < count; ++n) {
-    const std::int32_t key = keys[n];
-    const T* HWY_RESTRICT row = rows[key];
+    const T* HWY_RESTRICT row = rows[keys[n]];
     float* HWY_RESTRICT to = dst + n * kConvertedStride;
     for (std::int64_t d = 0; d < dim; d += kVectors * kLanes) {
       Floats v[kVectors];
       Unpack<T>::load(row + d, v);
-      fetch_ahead(next[key] + d);
       HWY_UNROLL(4)
       for (int j = 0; j < kVectors; ++j) hn::Store(v[j], f, to + d + j * kLanes);
     }
@@ -146,23 +146,24 @@ HWY_NOINLINE void convert_block(const T* const* rows, const T* const* next, cons
 }
 
 // out[row][s] += Σ_key weights[key][row]·v[key][s] for kWidth vectors from position s on. Keys are those listed.
-template <class T, int kRows, int kWidth>
-HWY_INLINE void add_value_columns(const T* const* rows, const T* const* next, const std::int32_t* keys,
-                                  std::int64_t count, const float* HWY_RESTRICT weights, std::int64_t s,
-                                  float* HWY_RESTRICT out, std::int64_t stride) {
+// `ahead` fetches as much of what is stored as T meanwhile.
+template <class T, class V, int kRows, int kWidth>
+HWY_INLINE void add_value_columns(const V* const* rows, const std::int32_t* keys, std::int64_t count,
+                                  const float* HWY_RESTRICT weights, std::int64_t s, float* HWY_RESTRICT out,
+                                  std::int64_t stride, LineFetcher& fetcher) {
   const FloatTag f;
-  constexpr int kVectors = Unpack<T>::kVectors;
+  constexpr int kVectors = Unpack<V>::kVectors;
+  constexpr int kStepBytes = kWidth * kLanes * sizeof(T);
+  LineFetcher ahead = fetcher;
   Floats sums[kRows * kWidth];
   HWY_UNROLL(16)
   for (int i = 0; i < kRows * kWidth; ++i) sums[i] = hn::Load(f, out + (i / kWidth) * stride + s + i % kWidth * kLanes);
   for (std::int64_t n = 0; n < count; ++n) {
     const std::int32_t key = keys[n];
     Floats v[kWidth];
+    ahead.keep_pace<kStepBytes>(n);
     HWY_UNROLL(8)
-    for (int j = 0; j < kWidth; j += kVectors) {
-      Unpack<T>::load(rows[key] + s + j * kLanes, v + j);
-      fetch_ahead(next[key] + s + j * kLanes);
-    }
+    for (int j = 0; j < kWidth; j += kVectors) Unpack<V>::load(rows[key] + s + j * kLanes, v + j);
     HWY_UNROLL(16)
     for (int r = 0; r < kRows; ++r) {
       const Floats p = hn::Set(f, weights[key * kRows + r]);
@@ -170,6 +171,7 @@ HWY_INLINE void add_value_columns(const T* const* rows, const T* const* next, co
       for (int j = 0; j < kWidth; ++j) sums[r * kWidth + j] = hn::MulAdd(p, v[j], sums[r * kWidth + j]);
     }
   }
+  fetcher = ahead;
   HWY_UNROLL(16)
   for (int i = 0; i < kRows * kWidth; ++i) {
     hn::Store(sums[i], f, out + (i / kWidth) * stride + s + i % kWidth * kLanes);
@@ -184,16 +186,16 @@ inline constexpr int kValueWidth = kAccumulators / kRows > 8 ? 8 : kAccumulators
 template <class T, int kRows>
 inline constexpr bool kReadsStorage = Unpack<T>::kFast&& Unpack<T>::kVectors <= kValueWidth<kRows>;
 
-template <class T, int kRows, int kWidth = kValueWidth<kRows>>
-HWY_NOINLINE void add_values_of(const T* const* rows, const T* const* next, const std::int32_t* keys,
-                                std::int64_t count, const float* weights, std::int64_t dim, float* out,
-                                std::int64_t stride, std::int64_t first = 0) {
+template <class T, class V, int kRows, int kWidth = kValueWidth<kRows>>
+HWY_NOINLINE void add_values_of(const V* const* rows, const std::int32_t* keys, std::int64_t count,
+                                const float* weights, std::int64_t dim, float* out, std::int64_t stride,
+                                LineFetcher& ahead, std::int64_t first = 0) {
   for (; first + kWidth * kLanes <= dim; first += kWidth * kLanes) {
-    add_value_columns<T, kRows, kWidth>(rows, next, keys, count, weights, first, out, stride);
+    add_value_columns<T, V, kRows, kWidth>(rows, keys, count, weights, first, out, stride, ahead);
   }
-  if constexpr (kWidth / 2 >= Unpack<T>::kVectors) {
+  if constexpr (kWidth / 2 >= Unpack<V>::kVectors) {
     if (first < dim) {
-      add_values_of<T, kRows, kWidth / 2>(rows, next, keys, count, weights, dim, out, stride, first);
+      add_values_of<T, V, kRows, kWidth / 2>(rows, keys, count, weights, dim, out, stride, ahead, first);
     }
   }
 }

@@ -228,10 +228,10 @@ class DecodeTask {
 
   // The listed rows of a block as floats in the side's order, one behind the other.
   void convert(const StoredSide& side, const CacheScale& scale, const Block& block, const T* const* rows,
-               const T* const* next, const std::int32_t* list, std::int64_t count, float* dst) {
+               const std::int32_t* list, std::int64_t count, float* dst) {
     if constexpr (Unpack<T>::kFast) {
       if (!side.natural && !has_nan<T>(rows, list, count, side.dim)) {
-        return convert_block<T>(rows, next, list, count, side.dim, dst);
+        return convert_block<T>(rows, list, count, side.dim, dst);
       }
     }
     for (std::int64_t n = 0; n < count; ++n) {
@@ -241,7 +241,6 @@ class DecodeTask {
         // A key that does not exist stands for its nearest, as its row does.
         const std::int64_t key = std::clamp(block.keys.first + i, block.keys.begin, block.keys.end - 1);
         const float* groups = side.group_scales ? reader_.group_scales(scale, key) : nullptr;
-        for (std::int64_t d = 0; d < side.dim; d += kLineElements) fetch_ahead(next[i] + d);
         dequantize_row(rows[i], side.dim, groups, problem_.cache.group_channels, to);
         std::fill(to + side.dim, to + side.positions, 0.0f);
       } else {
@@ -252,6 +251,10 @@ class DecodeTask {
     }
   }
 
+  LineFetcher lines_of(const StoredSide& side, const T* const* rows) const {
+    return {reinterpret_cast<const void* const*>(rows), side.positions * static_cast<std::int64_t>(sizeof(T))};
+  }
+
   // Products of a block, scaled by nothing yet.
   void multiply_keys_by_queries(const Block& block, float* scores) {
     if constexpr (kRows == 1 && Unpack<T>::kFast) {
@@ -260,14 +263,14 @@ class DecodeTask {
       }
     }
     for (std::int64_t first = 0; first < kDecodeKeys; first += kConvertedKeys) {
-      convert(k_, problem_.cache.k_scale, block, block.k, block.k_next, s_.all_keys + first, kConvertedKeys,
-              s_.k_converted);
+      convert(k_, problem_.cache.k_scale, block, block.k, s_.all_keys + first, kConvertedKeys, s_.k_converted);
       if constexpr (kRows == 1) {
         const float* rows[kConvertedKeys];
         for (std::int64_t n = 0; n < kConvertedKeys; ++n) rows[n] = s_.k_converted + n * kConvertedStride;
         score_one_row<float>(rows, rows, kConvertedKeys, s_.q, k_.positions, scores + first);
       } else {
-        score_rows<kRows>(s_.k_converted, s_.q, k_.positions, scores + first * kRows);
+        const LineFetcher ahead = lines_of(k_, block.k_next + first);
+        score_rows<T, kRows>(s_.k_converted, s_.q, k_.positions, ahead, scores + first * kRows);
       }
     }
   }
@@ -370,21 +373,22 @@ class DecodeTask {
       multiply_keys(s_.v_scales, weights);
       if (hidden) mask(block.keys.first, 0.0f, weights);  // 0·NaN
     }
+    LineFetcher ahead = lines_of(v_, block.v_next);
     bool converted = true;
     if constexpr (kReadsStorage<T, kRows>) {
       converted = v_.natural || hidden || has_nan<T>(block.v, s_.keys, count_, v_.dim);
       if (!converted) {
-        add_values_of<T, kRows>(block.v, block.v_next, s_.keys, count_, weights, v_.dim, s_.out, v_.positions);
+        add_values_of<T, T, kRows>(block.v, s_.keys, count_, weights, v_.dim, s_.out, v_.positions, ahead);
       }
     }
     for (std::int64_t first = 0; converted && first < count_; first += kConvertedValues) {
       const std::int32_t* const list = s_.keys + first;
       const std::int64_t count = std::min(kConvertedValues, count_ - first);
-      convert(v_, scale, block, block.v, block.v_next, list, count, s_.v_converted);
+      convert(v_, scale, block, block.v, list, count, s_.v_converted);
       if (hidden) take_out_not_finite(block, list, count, weights);
       const float* rows[kDecodeKeys];
       for (std::int64_t n = 0; n < count; ++n) rows[list[n]] = s_.v_converted + n * kConvertedStride;
-      add_values_of<float, kRows>(rows, rows, list, count, weights, v_.positions, s_.out, v_.positions);
+      add_values_of<T, float, kRows>(rows, list, count, weights, v_.positions, s_.out, v_.positions, ahead);
     }
   }
 
