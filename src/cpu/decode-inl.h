@@ -28,13 +28,6 @@ inline constexpr std::int64_t kConvertedKeys = 16, kConvertedValues = 32;
 // Row stride of converted rows: a constant, so that rows are addressed by displacement; odd in cache lines.
 inline constexpr std::int64_t kConvertedStride = 512 + 16;
 
-// How many keys ahead rows are fetched: about 12 KB (measured: 4 to 32 KB within 5 %).
-template <class T>
-HWY_INLINE std::int64_t keys_ahead(std::int64_t dim) {
-  const std::int64_t keys = 12288 / (dim * static_cast<std::int64_t>(sizeof(T)));
-  return keys < 8 ? 8 : keys > kDecodeKeys ? kDecodeKeys : keys;
-}
-
 // Accumulators of a tile: keys of the first product, rows × vectors of the second.
 #if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSSE3 || HWY_TARGET == HWY_SSE4
 inline constexpr int kAccumulators = 8;

@@ -218,7 +218,7 @@ class DecodeTask {
     for (;;) {
       const bool last = keys.first + kDecodeKeys >= task_.end;
       const auto next = locate(last ? keys.first : keys.first + kDecodeKeys, kDecodeKeys);
-      f(Block{keys, k, k + keys_ahead<T>(k_.dim), v, v + keys_ahead<T>(v_.dim)});
+      f(Block{keys, k, k + kDecodeKeys, v, v + kDecodeKeys});
       if (last) return;
       keys = next;
       if (with_k) std::copy_n(k + kDecodeKeys, kDecodeKeys, k);
