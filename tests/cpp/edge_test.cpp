@@ -160,6 +160,48 @@ TEST_P(Edge, NaNInAQueryStaysInItsRow) {  // 13
   EXPECT_TRUE(std::isnan(got.lse[made.lse_at(0, 1, 33)]));
 }
 
+// A NaN or infinity in one row of q or dout: gradients of keys that the row sees are NaN, all others keep their bits.
+TEST_P(Edge, PoisonInAQueryReachesOnlyTheKeysThatItSees) {  // 13
+  for (const Case& definition : {Case{.seqlen_q = 90, .causal = true},
+                                 Case{.seqlen_q = 130, .seqlen_k = 130, .head_dim = 40, .causal = true, .left = 33},
+                                 Case{.seqlen_q = 70, .seqlen_k = 200, .head_dim = 72, .left = 20, .right = 15}}) {
+    const Instance clean = instance(definition);
+    const Results want = run_here(clean);
+    for (std::int64_t i : {5, 64}) {
+      for (Values Instance::*poisoned : {&Instance::q, &Instance::dout}) {
+        Instance made = clean;
+        const std::int64_t dim = clean.c.head_dim;
+        std::fill_n((made.*poisoned).begin() + made.query_row(1, 3, i) * dim, dim, kNaN);
+        const Results got = run_here(made);
+        for (std::int64_t j = 0; j < clean.c.seqlen_k; ++j) {
+          const bool seen = clean.visible(1, i, j);
+          const std::int64_t row = clean.key_row(1, 1, j);  // of query head 3 of 4
+          for (std::int64_t at = row * dim; at < (row + 1) * dim; ++at) {
+            ASSERT_TRUE(seen ? std::isnan(got.dk[at]) : got.dk[at] == want.dk[at]) << "dk of key " << j;
+            ASSERT_TRUE(seen ? std::isnan(got.dv[at]) : got.dv[at] == want.dv[at]) << "dv of key " << j;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Products so large that the rounding of the largest logit alone exceeds any exponent.
+TEST_P(Edge, HugeLogitsStayFinite) {  // 14
+  for (const Case& definition :
+       {Case{.batch = 1, .scale = 1.0}, Case{.batch = 1, .scale = 1.0, .alibi = AlibiKind::kPerHead},
+        Case{.batch = 1, .causal = true, .scale = 1.0, .sinks = true}}) {
+    Instance made = instance(definition);
+    const double huge = dtype() == DType::kFloat16 ? 8192.0 : 0x1p20;
+    for (Values* values : {&made.q, &made.k}) {
+      for (double& x : *values) x *= huge;
+    }
+    const Results got = run_here(made, false), want = oracle(made, false);
+    EXPECT_TRUE(std::all_of(got.out.begin(), got.out.end(), [](double x) { return std::isfinite(x); }));
+    EXPECT_TRUE(close(got.lse, want.lse, 1e-6 * huge * huge * 64));
+  }
+}
+
 TEST_P(Edge, HugeValuesStayFinite) {  // 14, 17
   Instance made = instance({.batch = 1, .scale = 1.0});
   const double huge = dtype() == DType::kFloat16 ? 30000.0 : 133120.0;

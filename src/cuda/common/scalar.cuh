@@ -17,6 +17,10 @@ inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.69314718055994531f;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Weights are 2^(c·s − c·m) by one FMA. The rounding of c·m is a factor common to a row, which cancels, as long as the
+// weights stay within float16: beyond this |c·m| the difference s − m comes first.
+inline constexpr float kFusedLimit = 0x1p24f;
+
 ONEPASS_DEVICE float to_float(float x) { return x; }
 ONEPASS_DEVICE float to_float(__half x) { return __half2float(x); }
 ONEPASS_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -44,11 +44,13 @@ class BackwardCall {
   }
 
   void run() {
-    const Workspace statistics(context_, forward_.device, forward_.num_heads * padded_rows() * sizeof(RowStatistics));
-    const Workspace dq_sums(context_, forward_.device,
-                            sums_by_atomics() ? forward_.num_heads * padded_rows() * head_dim_ * sizeof(float) : 0);
+    const std::int64_t rows = forward_.num_heads * padded_rows();
+    const Workspace statistics(context_, forward_.device, rows * sizeof(RowStatistics));
+    const Workspace natural(context_, forward_.device, rows / statistics_rows() * sizeof(std::int32_t));
+    const Workspace dq_sums(context_, forward_.device, sums_by_atomics() ? rows * head_dim_ * sizeof(float) : 0);
     arguments_ = common_arguments();
     arguments_.statistics = statistics.as<RowStatistics>();
+    arguments_.natural = natural.as<std::int32_t>();
     arguments_.dq_sums = dq_sums.as<float>();
     row_statistics();
     key_gradients();
@@ -67,6 +69,8 @@ class BackwardCall {
 
  private:
   // float32 operands ask for accuracy, not for speed: their dQ is always summed in a fixed order.
+  int statistics_rows() const { return kStatisticsRows<false> / (forward_.dtype == DType::kFloat32 ? 2 : 1); }
+
   bool sums_by_atomics() const { return !forward_.deterministic && forward_.dtype != DType::kFloat32; }
 
   BackwardArguments common_arguments() const {

@@ -39,7 +39,7 @@ struct KeyTileShape {
   static constexpr int kStages = 2;
 
   static constexpr int shared_bytes() {
-    return kKeys * kRowBytes * (kHoldsKey ? 2 : 1) + kStages * kQueries * (2 * kRowBytes + 8) +
+    return kKeys * kRowBytes * (kHoldsKey ? 2 : 1) + kStages * (kQueries * (2 * kRowBytes + 8) + 16) +
            kScoreTiles * kScoreBytes;
   }
 };
@@ -57,12 +57,13 @@ struct QueryTileShape {
   }
 };
 
-// Rows of one block of the statistics kernel.
+// Rows of one block of the statistics kernel. Where an LSE of a block exceeds what 2^(c·s − c·lse) by one FMA can take
+// (kFusedLimit), its LSEs are in natural units and the difference comes first.
 template <bool kFloat>
 inline constexpr int kStatisticsRows = kFloat ? 32 : 64;
 
 struct RowStatistics {
-  float lse_log2;  // +inf for a row without a visible key, so that its weights come out as 0
+  float lse;  // in log2 units, or natural ones (below); +inf for a row without a visible key: its weights come out as 0
   float delta;
 };
 
@@ -78,6 +79,7 @@ struct BackwardArguments {
   VectorizedBackward vectorized;
   float scale_log2;           // as in the forward pass
   RowStatistics* statistics;  // (num_heads, padded_rows)
+  std::int32_t* natural;      // (num_heads, padded_rows / kStatisticsRows): whether a block's LSEs are in natural units
   float* dq_sums;             // (num_heads, padded_rows, kHeadDim) in fragment order; null: dQ is computed elsewhere
   std::int64_t padded_rows;   // of all sequences
 };

@@ -43,20 +43,31 @@ ONEPASS_DEVICE void add_fragment(float* sums, int lane, const float (&d)[4]) {
 #endif
 }
 
+// How scores and LSEs meet: 2^(scale_log2·s − lse) in one FMA, or e^(unit·s − lse) where LSEs are natural.
+struct ScoreUnits {
+  float scale_log2, unit;
+  bool natural;
+};
+
 // Weights and their gradients of one fragment, given S (products q·k), dP (products dO·v), and each element's row
 // statistics. Leaves the dropped-out weights in s and the gradient by softmax_scale·q·k (or by the logit, with
 // kOfLogit) in dp. Hidden pairs are zeroed at the end, whatever NaN their operands or statistics hold.
 template <bool kExact, bool kTerms, bool kOfLogit, class Layout, int R, int C, class StatisticsOf>
 ONEPASS_DEVICE void weights_and_gradients(float (&s)[R][C][4], float (&dp)[R][C][4], const ScoreTerms& terms,
                                           const DropoutRule& dropout, const Layout& at, const DeviceSequence& sequence,
-                                          float scale_log2, const StatisticsOf& statistics_of) {
+                                          const ScoreUnits& units, const StatisticsOf& statistics_of) {
   constexpr bool kSlopes = kTerms && !kOfLogit;
   [[maybe_unused]] float slopes[kSlopes ? R : 1][kSlopes ? C : 1][4];
   if constexpr (kTerms && kOfLogit) apply_terms<kExact>(s, terms, at, sequence);
   if constexpr (kSlopes) apply_terms<kExact>(s, slopes, terms, at, sequence);
-  for_each_element(s, [&](float& x, int r, int c, int e) {
-    x = exp2_approx(fmaf(x, scale_log2, -statistics_of(r, c, e).lse_log2));
-  });
+  if (units.natural) {
+    for_each_element(
+        s, [&](float& x, int r, int c, int e) { x = (x * units.unit - statistics_of(r, c, e).lse) * kLog2e; });
+  } else {
+    for_each_element(
+        s, [&](float& x, int r, int c, int e) { x = fmaf(x, units.scale_log2, -statistics_of(r, c, e).lse); });
+  }
+  for_each_element(s, [&](float& x, int, int, int) { x = exp2_approx(x); });
   if (kTerms && dropout.active) {
     for_each_dropout<R, C>(dropout, at, [&](int r, int c, int e, bool survives) {
       const float factor = survives ? dropout.survivor_scale : 0.0f;

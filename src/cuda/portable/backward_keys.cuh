@@ -30,15 +30,31 @@ struct KeyPassConfig {
   static constexpr int kQueryOffset = KeyTile::kBytes * (kHoldsKey ? 2 : 1);
   static constexpr int kGradientOffset = kQueryOffset + Shape::kStages * QueryTile::kBytes;
   static constexpr int kStatisticsOffset = kGradientOffset + Shape::kStages * QueryTile::kBytes;
-  static constexpr int kScoreOffset = kStatisticsOffset + Shape::kStages * kQueries * 8;
+  static constexpr int kNaturalOffset = kStatisticsOffset + Shape::kStages * kQueries * 8;
+  static constexpr int kScoreOffset = kNaturalOffset + Shape::kStages * 16;
   static constexpr int kWeightOffset = kScoreOffset + (kHoldsKey ? ScoreTile::kBytes : 0);  // float32: P
   static constexpr int kSharedBytes = kWeightOffset + (kFloat && kHoldsValue ? ScoreTile::kBytes : 0);
   static_assert(kSharedBytes == Shape::shared_bytes(), "the host asks for what the kernel uses");
 };
 
-// Copies the statistics of a query block, 8 bytes a row, along with the block.
-ONEPASS_DEVICE void cp_async_8(std::uint32_t destination, const void* source) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(destination), "l"(source) : "memory");
+// Copies the statistics of a query block, 8 bytes a row, and their unit, 4, along with the block.
+template <int kBytes>
+ONEPASS_DEVICE void cp_async_small(std::uint32_t destination, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(destination), "l"(source), "n"(kBytes) : "memory");
+}
+
+// Makes a block of queries and of dO finite in shared memory, because dK and dV are products with every row of it, seen
+// or not. Whether some row was not; bit q % kRows of found[q / kRows] says which, for kRows = kQueries / kWarps.
+template <class Config>
+ONEPASS_DEVICE bool make_queries_finite(std::uint32_t queries, std::uint32_t gradients, std::uint32_t* found) {
+  using T = typename Config::T;
+  using Tile = typename Config::QueryTile;
+  constexpr int kRows = Config::kQueries / Config::Shape::kWarps;
+  const int warp = threadIdx.x / 32;
+  const std::uint32_t rows = make_rows_finite<T, Tile, kRows>(queries, kRows * warp) |
+                             make_rows_finite<T, Tile, kRows>(gradients, kRows * warp);
+  if (lane_id() == 0) found[warp] = rows;
+  return __syncthreads_or(rows != 0);
 }
 
 template <class Config>
@@ -52,6 +68,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kHeadDim = Config::kHeadDim, kThreads = Config::kThreads;
   constexpr bool kRecompute = !Config::kFloat && kHeadDim > 64;  // registers are too few to keep addresses
   extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ std::uint32_t not_finite_queries[Config::Shape::kWarps];
   const std::uint32_t base = shared_address(shared);
 
   const BackwardProblem& backward = arguments.problem;
@@ -94,9 +111,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                                                          first_query, 0, sequence.seqlen_q);
     load_tile<QueryTile, kQueries, kThreads, kRecompute>(base + Config::kGradientOffset + stage * QueryTile::kBytes,
                                                          dout, first_query, 0, sequence.seqlen_q);
+    const std::int64_t row = head * arguments.padded_rows + first_row + first_query;
     if (threadIdx.x < kQueries) {
-      cp_async_8(base + Config::kStatisticsOffset + (stage * kQueries + threadIdx.x) * 8,
-                 arguments.statistics + head * arguments.padded_rows + first_row + first_query + threadIdx.x);
+      cp_async_small<8>(base + Config::kStatisticsOffset + (stage * kQueries + threadIdx.x) * 8,
+                        arguments.statistics + row + threadIdx.x);
+    }
+    if (threadIdx.x == 0) {
+      cp_async_small<4>(base + Config::kNaturalOffset + stage * 16,
+                        arguments.natural + row / kStatisticsRows<Config::kFloat>);
     }
     cp_async_commit();
   };
@@ -126,6 +148,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       __syncwarp();
     }
 
+    const bool masked = first_query < queries.all.begin || first_query + kQueries > queries.all.end;
+    const bool tainted =
+        masked && make_queries_finite<Config>(base + query_offset, base + gradient_offset, not_finite_queries);
+
     float s[R][C][4], dp[R][C][4];
     clear(s);
     clear(dp);
@@ -147,11 +173,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if (not_finite[r] >> (g + 8 * (e / 2)) & 1) x = std::numeric_limits<float>::quiet_NaN();
       });
     }
-    const bool masked = first_query < queries.all.begin || first_query + kQueries > queries.all.end;
+    if (tainted) {
+      for_each_element(s, [&](float& x, int, int c, int e) {
+        const int query = 8 * c + 2 * t + e % 2;
+        constexpr int kRows = kQueries / Config::Shape::kWarps;
+        if (not_finite_queries[query / kRows] >> query % kRows & 1) x = std::numeric_limits<float>::quiet_NaN();
+      });
+    }
     const KeyRows at{first_query + 2 * t, key};
+    const ScoreUnits units{arguments.scale_log2, Config::kTerms ? 1.0f : problem.softmax_scale,
+                           *reinterpret_cast<const std::int32_t*>(shared + Config::kNaturalOffset + stage * 16) != 0};
     weights_and_gradients<Config::kFloat, Config::kTerms, false>(
-        s, dp, score_terms(problem, batch, head), dropout_rule(problem, batch, head), at, sequence,
-        arguments.scale_log2, [&](int, int c, int e) { return statistics[8 * c + 2 * t + e % 2]; });
+        s, dp, score_terms(problem, batch, head), dropout_rule(problem, batch, head), at, sequence, units,
+        [&](int, int c, int e) { return statistics[8 * c + 2 * t + e % 2]; });
     if (masked) zero_hidden(s, dp, queries_of_rows<R>(problem, sequence, key), at.query0);
 
     if constexpr (Config::kFloat) {

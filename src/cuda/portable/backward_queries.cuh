@@ -38,6 +38,7 @@ struct QueryTilePass {
   ScoreTerms terms;
   DropoutRule dropout;
   RowStatistics statistics[2];
+  bool natural;
 
   ONEPASS_DEVICE QueryTilePass(const BackwardArguments& arguments_, unsigned char* shared_, int batch_, int head_,
                                const DeviceSequence& sequence_, int first_query_)
@@ -67,10 +68,10 @@ struct QueryTilePass {
         shared_address(shared + Config::kGradientOffset), dout, first_query, 0, sequence.seqlen_q);
     cp_async_commit();  // here, because no key may follow: a copy under way would land on what the tile is used for
                         // next
-    const RowStatistics* const rows =
-        arguments.statistics + head * arguments.padded_rows + padded_start(problem, sequence, batch) + query();
-    statistics[0] = rows[0];
-    statistics[1] = rows[8];
+    const std::int64_t row = head * arguments.padded_rows + padded_start(problem, sequence, batch) + query();
+    statistics[0] = arguments.statistics[row];
+    statistics[1] = arguments.statistics[row + 8];
+    natural = arguments.natural[row / kStatisticsRows<Config::kFloat>];
   }
   ONEPASS_DEVICE void load_keys(int first_key) {
     const int head_kv = head / arguments.group_size;
@@ -128,7 +129,7 @@ struct QueryTilePass {
       if (not_finite[c / 2] >> (8 * (c % 2) + 2 * t + e % 2) & 1) x = std::numeric_limits<float>::quiet_NaN();
     });
     const QueryRows at{query(), first_key + 2 * t};
-    weights_and_gradients<Config::kFloat, true, kOfLogit>(s, ds, terms, dropout, at, sequence, kLog2e,
+    weights_and_gradients<Config::kFloat, true, kOfLogit>(s, ds, terms, dropout, at, sequence, {kLog2e, 1.0f, natural},
                                                           [&](int, int, int e) { return statistics[e / 2]; });
     zero_hidden(s, ds, keys_of_rows<1>(problem, sequence, query()), at.key0);
   }

@@ -46,6 +46,7 @@ struct ForwardConfig {
 template <int kRows>
 struct OnlineSoftmax {
   float largest[kRows], sum[kRows];
+  bool beyond_fused = false;  // some row of the warp has passed kFusedLimit
 
   ONEPASS_DEVICE OnlineSoftmax() {
 #pragma unroll
@@ -87,10 +88,15 @@ ONEPASS_DEVICE void softmax_step(float (&s)[R][C][4], float (&o)[R][CO][4], floa
         o[i / 2][c][2 * (i % 2) + 1] *= factor;
       }
     }
+    bool beyond = false;
+#pragma unroll
+    for (int i = 0; i < 2 * R; ++i) beyond |= fabsf(state.base(i) * scale) >= kFusedLimit;
+    state.beyond_fused = __any_sync(~0u, beyond);
   }
+  if (state.beyond_fused) for_each_element(s, [&](float& x, int r, int, int e) { x -= state.base(2 * r + e / 2); });
 #pragma unroll
   for (int i = 0; i < 2 * R; ++i) {
-    const float base = state.base(i) * scale;
+    const float base = state.beyond_fused ? 0.0f : state.base(i) * scale;
 #pragma unroll
     for (int c = 0; c < C; ++c)
 #pragma unroll
@@ -120,16 +126,16 @@ ONEPASS_DEVICE void store_weights(const float (&p)[R][C][4], unsigned char* weig
 
 // Divides the rows by their sums (`from_exact`: not those of the product, which dropout would miss) and writes their
 // log-sum-exp.
-template <int R, int CO>
+template <bool kTerms, int R, int CO>
 ONEPASS_DEVICE void finish_rows(const ForwardArguments& arguments, float (&o)[R][CO][4], const float (&sums)[R][4],
                                 const OnlineSoftmax<2 * R>& state, bool from_exact, float survivor_scale, int batch,
                                 int head, const DeviceSequence& sequence, int first_row) {
 #pragma unroll
   for (int i = 0; i < 2 * R; ++i) {
     const float exact = quad_sum(state.sum[i]);
-    const RowEnd end = finish_row(arguments.problem, head, state.base(i) * arguments.scale_log2,
-                                  from_exact ? exact : sums[i / 2][2 * (i % 2)], exact, state.largest[i] == -kInfinity,
-                                  survivor_scale);
+    const RowEnd end = finish_row(
+        arguments.problem, head, state.base(i), arguments.scale_log2, kTerms ? 1.0f : arguments.problem.softmax_scale,
+        from_exact ? exact : sums[i / 2][2 * (i % 2)], exact, state.largest[i] == -kInfinity, survivor_scale);
 #pragma unroll
     for (int c = 0; c < CO; ++c) {
       o[i / 2][c][2 * (i % 2)] *= end.factor;
@@ -310,8 +316,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Shape::kBlocksPerMul
     }
   }
 
-  finish_rows(arguments, o, sums, state, !Config::kProductSums || (Config::kTerms && dropout.active),
-              Config::kTerms ? dropout.survivor_scale : 1.0f, batch, head, sequence, first_row);
+  finish_rows<Config::kTerms>(arguments, o, sums, state, !Config::kProductSums || (Config::kTerms && dropout.active),
+                              Config::kTerms ? dropout.survivor_scale : 1.0f, batch, head, sequence, first_row);
   store_output<Config>(o, query_tile, warp_row);
   __syncwarp();
   const auto out = global_rows<T>(problem.out, batch, head, sequence.query_start, head_dim_v, vectorized.out);

@@ -1,4 +1,4 @@
-// cuda/portable/merge.cu: lse = log(e^lse_a + e^lse_b), out = e^(lse_a − lse)·out_a + e^(lse_b − lse)·out_b.
+// cuda/portable/merge.cu: lse = log(e^lse_a + e^lse_b), out = (e^lse_a·out_a + e^lse_b·out_b) / (e^lse_a + e^lse_b).
 #include "cuda/common/scalar.cuh"
 #include "cuda/portable/choose.h"
 #include "cuda/portable/operations.h"
@@ -30,9 +30,12 @@ __global__ void __launch_bounds__(32 * kWarps) merge_kernel(const __grid_constan
   float weight_a = 1.0f, weight_b = 1.0f;
   if (has_a && has_b) {
     const float largest = fmaxf(lse_a, lse_b);
-    lse = largest + logf(expf(lse_a - largest) + expf(lse_b - largest));
-    weight_a = expf(lse_a - lse);
-    weight_b = expf(lse_b - lse);
+    weight_a = expf(lse_a - largest);
+    weight_b = expf(lse_b - largest);
+    const float sum = weight_a + weight_b;
+    lse = largest + logf(sum);
+    weight_a /= sum;  // not from lse: where it is large, its rounding is more than log(2)
+    weight_b /= sum;
   }
   const T* const a = row_of<const T>(p.out_a, batch, head, token);
   const T* const b = row_of<const T>(p.out_b, batch, head, token);

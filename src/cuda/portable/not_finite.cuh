@@ -36,6 +36,13 @@ ONEPASS_DEVICE bool has_full_exponent(std::uint32_t word) {
   return (word & kUpper) == kUpper || (word & kLower) == kLower;
 }
 
+template <class T>
+ONEPASS_DEVICE bool may_hold_not_finite(const uint4& chunk) {
+  if constexpr (sizeof(T) == 4) return true;
+  return has_full_exponent<T>(chunk.x) || has_full_exponent<T>(chunk.y) || has_full_exponent<T>(chunk.z) ||
+         has_full_exponent<T>(chunk.w);
+}
+
 // Makes this thread's share of a tile of 16-bit elements finite; whether anything had to be replaced.
 template <class T, class Tile, int kRows, int kThreads>
 ONEPASS_DEVICE bool make_tile_finite(std::uint32_t tile) {
@@ -43,8 +50,7 @@ ONEPASS_DEVICE bool make_tile_finite(std::uint32_t tile) {
 #pragma unroll 4
   for (int index = threadIdx.x; index < kRows * Tile::kChunks; index += kThreads) {
     uint4 chunk = load_shared_16(tile + 16 * index);  // in the order of memory: which chunk it is does not matter
-    if (has_full_exponent<T>(chunk.x) || has_full_exponent<T>(chunk.y) || has_full_exponent<T>(chunk.z) ||
-        has_full_exponent<T>(chunk.w)) {
+    if (may_hold_not_finite<T>(chunk)) {
       make_finite<T>(chunk);
       store_shared(tile + 16 * index, chunk);
       found = true;
@@ -62,7 +68,7 @@ ONEPASS_DEVICE std::uint32_t make_rows_finite(std::uint32_t tile, int first_row)
     const int row = index / Tile::kChunks;
     const std::uint32_t address = tile + Tile::offset(first_row + row, index % Tile::kChunks);
     uint4 chunk = load_shared_16(address);
-    if (make_finite<T>(chunk)) {
+    if (may_hold_not_finite<T>(chunk) && make_finite<T>(chunk)) {
       store_shared(address, chunk);
       rows |= 1u << row;
     }

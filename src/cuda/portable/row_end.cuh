@@ -11,21 +11,26 @@ struct RowEnd {
   float lse;     // natural logarithm
 };
 
-// `base`: the maximum in log2 units; `denominator` and `exact` over 2^(logit − base), of the weights as the product
-// with the values rounds them and of the exact ones (0 when no log-sum-exp is wanted); `all_masked`: every logit was
-// −inf. A sink joins the denominator of rows that see a key.
-ONEPASS_DEVICE RowEnd finish_row(const Problem& problem, int head, float base, float denominator, float exact,
-                                 bool all_masked, float survivor_scale) {
+// `score`: the row's largest, which `scale_log2` takes to log2 units and `unit` to natural ones; `denominator` and
+// `exact` are sums of 2^(logit − largest), of the weights as the product with the values rounds them and of the exact
+// ones (0 when no log-sum-exp is wanted); `all_masked`: every logit was −inf. A sink joins the denominator of rows that
+// see a key.
+ONEPASS_DEVICE RowEnd finish_row(const Problem& problem, int head, float score, float scale_log2, float unit,
+                                 float denominator, float exact, bool all_masked, float survivor_scale) {
   if (all_masked && denominator == 0.0f) return {0.0f, -kInfinity};  // a row of NaNs has no maximum, but a NaN sum
-  float rescale = 1.0f, largest = base, sink_weight = 0.0f;
+  const float base = score * scale_log2;
+  float rescale = 1.0f, largest = base, logit = score * unit, sink_weight = 0.0f;
   if (problem.sinks != nullptr) {
-    const float sink = load_as_float(problem.sinks, problem.sinks_dtype, head) * kLog2e;
-    largest = fmaxf(base, sink);
+    const float sink = load_as_float(problem.sinks, problem.sinks_dtype, head);
+    largest = fmaxf(base, sink * kLog2e);
+    logit = fmaxf(logit, sink);
     rescale = exp2_approx(base - largest);
-    sink_weight = exp2_approx(sink - largest);
+    sink_weight = exp2_approx(sink * kLog2e - largest);
   }
+  // Below the limit from the same rounded product as the weights, whose common factor then cancels.
+  const float log_largest = fabsf(largest) < kFusedLimit ? largest * kLn2 : logit;
   return {rescale * survivor_scale / (denominator * rescale + sink_weight),
-          largest * kLn2 + logf(exact * rescale + sink_weight)};
+          log_largest + logf(exact * rescale + sink_weight)};
 }
 
 ONEPASS_DEVICE void store_lse(const Problem& problem, int batch, int head, std::int64_t token, float lse) {

@@ -1,4 +1,4 @@
-// cuda/portable/row_statistics.cuh: delta = rowsum(dO∘O) and the LSE in log2 units, before the backward kernels.
+// cuda/portable/row_statistics.cuh: delta = rowsum(dO∘O) and the LSE, before the backward kernels.
 //
 // delta is the diagonal of dO·Oᵀ, computed by the same product as dP = dO·Vᵀ: where a row sees one key, O is that
 // key's value, dP − delta is exactly 0, and so are the gradients. A sum in another order would leave rounding noise.
@@ -53,19 +53,26 @@ __global__ void __launch_bounds__(2 * kStatisticsRows<std::is_same_v<T, float>>)
     HalfProduct<T>::template rows_by_rows<Tile, Tile, kHeadDim>(products, base, warp_row,
                                                                 base + Tile::kBytes + warp_row * Tile::kRowBytes);
   }
-  if (t != g / 2) return;  // this lane holds (g, g) and (g + 8, g + 8)
-  const float* const lse = static_cast<const float*>(problem.lse.data) + batch * problem.lse.batch_stride +
-                           head * problem.lse.head_stride + sequence.query_start * problem.lse.token_stride;
+  const bool mine = t == g / 2;  // this lane holds (g, g) and (g + 8, g + 8)
+  const float* const lse_rows = static_cast<const float*>(problem.lse.data) + batch * problem.lse.batch_stride +
+                                head * problem.lse.head_stride + sequence.query_start * problem.lse.token_stride;
+  float lse[2];
+  bool beyond = false;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = warp_row + g + 8 * half, query = first_query + row;
+    const int query = first_query + warp_row + g + 8 * half;
+    lse[half] = mine && query < sequence.seqlen_q ? lse_rows[query * problem.lse.token_stride] : -kInfinity;
+    beyond |= lse[half] != -kInfinity && fabsf(lse[half] * kLog2e) >= kFusedLimit;
+  }
+  const bool natural = __syncthreads_or(beyond);
+  if (threadIdx.x == 0) arguments.natural[padded / kRows] = natural;
+  if (!mine) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
     RowStatistics statistics{kInfinity, 0.0f};
-    if (query < sequence.seqlen_q) {
-      const float value = lse[query * problem.lse.token_stride];
-      const float delta = g % 2 ? products[0][half][2 * half + 1] : products[0][half][2 * half];
-      if (value != -kInfinity) statistics = {value * kLog2e, delta};
-    }
-    arguments.statistics[padded + row] = statistics;
+    const float delta = g % 2 ? products[0][half][2 * half + 1] : products[0][half][2 * half];
+    if (lse[half] != -kInfinity) statistics = {natural ? lse[half] : lse[half] * kLog2e, delta};
+    arguments.statistics[padded + warp_row + g + 8 * half] = statistics;
   }
 }
 

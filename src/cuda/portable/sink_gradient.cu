@@ -10,14 +10,17 @@ constexpr int kThreads = 128;
 __global__ void __launch_bounds__(kThreads) sink_gradient_kernel(const __grid_constant__ BackwardArguments arguments) {
   const Problem& problem = arguments.problem.forward;
   const int head = blockIdx.x;
-  const float sink = load_as_float(problem.sinks, problem.sinks_dtype, head) * kLog2e;
+  const float sink = load_as_float(problem.sinks, problem.sinks_dtype, head);
   float sum = 0.0f;
   for (int batch = 0; batch < problem.batch; ++batch) {
     const DeviceSequence sequence = device_sequence(problem, batch);
     const RowStatistics* const rows =
         arguments.statistics + head * arguments.padded_rows + padded_start(problem, sequence, batch);
+    const float* const lse = static_cast<const float*>(problem.lse.data) + batch * problem.lse.batch_stride +
+                             head * problem.lse.head_stride + sequence.query_start * problem.lse.token_stride;
     for (int i = threadIdx.x; i < sequence.seqlen_q; i += kThreads) {
-      sum -= exp2_approx(sink - rows[i].lse_log2) * rows[i].delta;
+      const float of_row = lse[i * problem.lse.token_stride];
+      if (of_row != -kInfinity) sum -= exp2_approx((sink - of_row) * kLog2e) * rows[i].delta;
     }
   }
   __shared__ float sums[kThreads];

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(32 * TotalAttentionTile<std::is_same_v<T, floa
       const int query = first_query + i;
       const float value =
           query < sequence.seqlen_q ? lse[(sequence.query_start + query) * problem.lse.token_stride] : kInfinity;
-      lse_tile[i] = value == -kInfinity ? kInfinity : value * kLog2e;  // an empty row weighs nothing
+      lse_tile[i] = value == -kInfinity ? kInfinity : value;  // an empty row weighs nothing
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(32 * TotalAttentionTile<std::is_same_v<T, floa
     apply_terms<kFloat>(s, terms, at, sequence);
     mask_scores(s, ranges, at.query0);
     for_each_element(s, [&](float& x, int, int c, int e) {
-      sums[e / 2] += exp2_approx(fmaf(x, kLog2e, -lse_tile[8 * c + 2 * t + e % 2]));
+      sums[e / 2] += exp2_approx((x - lse_tile[8 * c + 2 * t + e % 2]) * kLog2e);
     });
   }
 #pragma unroll

@@ -10,9 +10,10 @@
 namespace onepass::test {
 
 // Where `want` is NaN, +inf or −inf, `got` is the same. Elsewhere the largest and the mean error are at most twice
-// those of the naive implementation in the same dtype, plus a floor: one rounding of the largest value to `dtype`, and
-// float32 accumulation.
-testing::AssertionResult accurate(const Values& got, const Values& want, const Values& naive, DType dtype);
+// those of the naive implementation in the same dtype, plus a floor: `roundings` roundings of the largest value to
+// `dtype`, and float32 accumulation.
+testing::AssertionResult accurate(const Values& got, const Values& want, const Values& naive, DType dtype,
+                                  int roundings = 1);
 
 // The same for every result; statistics (lse, total, dbias, dsinks) are float32.
 void expect_accurate(const Results& got, const Results& want, const Results& naive, DType dtype);
