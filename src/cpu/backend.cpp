@@ -28,6 +28,8 @@ const Backend kCpuBackend{
     .backward = cpu::backward,
     .supports_piecewise = cpu::supports_piecewise,
     .piecewise = cpu::piecewise,
+    .supports_piecewise_backward = cpu::supports_piecewise_backward,
+    .piecewise_backward = cpu::piecewise_backward,
     .supports_merge = supports_merge,
     .merge = cpu::merge,
     .supports_append = cpu::supports_append,

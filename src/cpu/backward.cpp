@@ -2,9 +2,11 @@
 
 #include <cmath>
 #include <cstring>
+#include <span>
 #include <vector>
 
 #include "core/parallel.h"
+#include "core/piecewise.h"
 #include "cpu/backward_kernels.h"
 #include "cpu/backward_plan.h"
 #include "cpu/workers.h"
@@ -75,11 +77,15 @@ Unsupported supports_backward(const BackwardProblem& problem) {
   return std::nullopt;
 }
 
-void backward(const BackwardProblem& problem, const ExecutionContext& context) {
+namespace {
+
+// `problem` sees the keys of all parts, which are problems of their own over disjoint keys; dv is the sum over them.
+void run_parts(const BackwardProblem& problem, std::span<const BackwardProblem> parts,
+               const ExecutionContext& context) {
   const Problem& f = problem.forward;
   const BackwardKernels kernels = backward_kernels(f.dtype);
   Executor& executor = executor_of(context);
-  const BackwardPlan plan(problem, std::max(1, executor.concurrency()));
+  const BackwardPlan plan(problem, static_cast<std::int64_t>(parts.size()), std::max(1, executor.concurrency()));
   const Memory measure(problem, plan, Arena());
   const Workspace workspace(context, f.device, measure.bytes);
   const Memory memory(problem, plan, Arena(workspace.as<std::byte>()));
@@ -93,9 +99,31 @@ void backward(const BackwardProblem& problem, const ExecutionContext& context) {
   }
   run_grids(plan.grids(), plan.workers(), executor, [&](const Cell& cell, std::int64_t worker) {
     const FlushDenormals guard;
-    plan.for_each_task(cell, memory.shared_sums, memory.worker_sums[worker],
-                       [&](const BackwardTask& task) { kernels.rectangle(problem, task, memory.scratch[worker]); });
+    plan.for_each_task(cell, memory.shared_sums, memory.worker_sums[worker], [&](const BackwardTask& task) {
+      kernels.rectangle(parts[task.part], task, memory.scratch[worker]);
+    });
   });
+}
+
+}  // namespace
+
+void backward(const BackwardProblem& problem, const ExecutionContext& context) {
+  run_parts(problem, std::span(&problem, 1), context);
+}
+
+Unsupported supports_piecewise_backward(const PiecewiseBackwardProblem& problem) {
+  return supports_backward(problem.near);
+}
+
+void piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context) {
+  const PiecewiseProblem forward{problem.near.forward, problem.far};
+  BackwardProblem near = problem.near, far = problem.near;
+  near.forward = near_part(forward);
+  far.forward = far_part(forward);
+  far.dq = problem.dq_far;
+  far.dk = problem.dk_far;
+  const BackwardProblem parts[] = {near, far};
+  run_parts(problem.near, parts, context);
 }
 
 }  // namespace onepass::cpu

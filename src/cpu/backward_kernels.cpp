@@ -48,7 +48,7 @@ class Rectangle {
   void clear_key_sums() {
     const std::int64_t dk = sum_stride(f_.head_dim), dv = sum_stride(f_.head_dim_v);
     std::fill(task_.dk + task_.key_begin * dk, task_.dk + task_.key_end * dk, 0.0f);
-    std::fill(task_.dv + task_.key_begin * dv, task_.dv + task_.key_end * dv, 0.0f);
+    if (task_.first_part) std::fill(task_.dv + task_.key_begin * dv, task_.dv + task_.key_end * dv, 0.0f);
   }
 
   void write_key_sums() {
@@ -56,6 +56,7 @@ class Rectangle {
     const float survival = static_cast<float>(1.0 / (1.0 - f_.dropout_p));
     for (std::int64_t j = task_.key_begin; j < task_.key_end; ++j) {
       write_row(task_.dk + j * dk_stride, dk_stride, f_.softmax_scale, f_.head_dim, key_row(problem_.dk, j));
+      if (!task_.last_part) continue;
       write_row(task_.dv + j * dv_stride, dv_stride, survival, f_.head_dim_v, key_row(problem_.dv, j));
     }
   }
@@ -75,7 +76,7 @@ class Rectangle {
         [&](std::int64_t i) { return lse(panel.first + i) == -kInfinity; }, rows);
   }
 
-  QueryPanel pack_panel_of(std::int64_t query, std::int64_t count, const BackwardScratch::Panel& memory) {
+  QueryPanel start_panel(std::int64_t query, std::int64_t count, const BackwardScratch::Panel& memory) {
     QueryPanel panel{.first = query,
                      .count = count,
                      .width = padded(count),
@@ -89,6 +90,11 @@ class Rectangle {
                      .delta = memory.delta};
     if (task_.dq != nullptr) panel.dq = task_.dq + query * sum_stride(f_.head_dim);
     if (task_.first_keys) std::fill_n(panel.dq, sum_stride(f_.head_dim) * kPanel, 0.0f);
+    return panel;
+  }
+
+  void pack(QueryPanel& panel) {
+    const std::int64_t query = panel.first, count = panel.count;
     for (std::int64_t i = 0; i < panel.width; ++i) {
       panel.lse[i] = i < count ? lse(query + i) : -kInfinity;
       if (panel.lse[i] == -kInfinity) panel.lse[i] = kInfinity;
@@ -108,7 +114,6 @@ class Rectangle {
     strips_to_lanes(panel.q_rows, panel.width, f_.head_dim, factor, panel.q_lanes);
     panel.finite =
         strips_finite(panel.q_rows, count, f_.head_dim) && strips_finite(panel.dout_rows, count, f_.head_dim_v);
-    return panel;
   }
 
   KeyBlock load_block(std::int64_t begin, std::int64_t end) {
@@ -137,12 +142,13 @@ class Rectangle {
   void meet_keys(std::int64_t begin, std::int64_t end) {
     QueryPanel panels[BackwardScratch::kMaxPanels];
     std::int64_t count = 0;
+    const KeyRange keys = keys_of(begin, end);
     for (std::int64_t query = begin; query < end; query += kPanel, ++count) {
-      panels[count] = pack_panel_of(query, std::min(kPanel, end - query), scratch_.panel[count]);
+      panels[count] = start_panel(query, std::min(kPanel, end - query), scratch_.panel[count]);
+      if (keys.begin < keys.end) pack(panels[count]);
     }
     const BiasGradient dbias(problem_.dbias, task_.batch, task_.head);
     const TileMemory memory{scratch_.weights, scratch_.kept, scratch_.slopes, scratch_.bias_staging};
-    const KeyRange keys = keys_of(begin, end);
     for (std::int64_t block_begin = keys.begin; block_begin < keys.end;) {
       const std::int64_t block_end = std::min(keys.end, block_begin / kBlock * kBlock + kBlock);
       const KeyBlock block = load_block(block_begin, block_end);

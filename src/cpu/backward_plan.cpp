@@ -31,7 +31,7 @@ struct BiasSharing {
 
 double flops(const Problem& problem, const BackwardUnit& unit) {
   const Sequence& s = unit.sequence;
-  double keys = static_cast<double>(s.seqlen_k);
+  auto keys = static_cast<double>(s.seqlen_k);
   if (problem.window_right != kUnbounded && problem.window_left != kUnbounded) {
     keys = std::min(keys, static_cast<double>(problem.window_left + problem.window_right + 1));
   }
@@ -41,7 +41,8 @@ double flops(const Problem& problem, const BackwardUnit& unit) {
 
 }  // namespace
 
-BackwardPlan::BackwardPlan(const BackwardProblem& problem, int concurrency) : problem_(problem) {
+BackwardPlan::BackwardPlan(const BackwardProblem& problem, std::int64_t parts, int concurrency)
+    : problem_(problem), parts_(parts) {
   const Problem& f = problem.forward;
   double total = 0;
   for (std::int64_t batch = 0; batch < f.batch; ++batch) {
@@ -65,7 +66,9 @@ void BackwardPlan::choose_split(int concurrency) {
   const BiasSharing sharing(problem_);
   const bool balanced = !f.ragged() && units % concurrency == 0 && !sharing.units;
   const bool enough = units >= kTasksPerWorker * concurrency && !sharing.units;
-  split_ = concurrency > 1 && !balanced && !enough && sharing.can_split();
+  // Both parts add to dbias, in an order that a cut would change.
+  const bool parts_share = parts_ > 1 && problem_.dbias;
+  split_ = concurrency > 1 && !balanced && !enough && sharing.can_split() && !parts_share;
   workers_ = split_ ? concurrency : std::min<std::int64_t>(units, concurrency);
   if (!split_) return;
   const std::int64_t wanted = (kTasksPerWorker * concurrency + units - 1) / units;  // cells of an anti-diagonal
@@ -83,9 +86,11 @@ void BackwardPlan::place_sums() {
     return offset;
   };
   for (BackwardUnit& unit : units_) {
-    unit.dk = take(unit.sequence.seqlen_k * sum_stride(f.head_dim));
     unit.dv = take(unit.sequence.seqlen_k * sum_stride(f.head_dim_v));
-    unit.dq = take(f.group_size() * round_up(unit.sequence.seqlen_q, kPanel) * sum_stride(f.head_dim));
+    for (std::int64_t part = 0; part < parts_; ++part) {
+      unit.dk[part] = take(unit.sequence.seqlen_k * sum_stride(f.head_dim));
+      unit.dq[part] = take(f.group_size() * round_up(unit.sequence.seqlen_q, kPanel) * sum_stride(f.head_dim));
+    }
   }
 }
 
@@ -118,11 +123,13 @@ std::vector<Grid> BackwardPlan::grids() const {
 
 std::int64_t BackwardPlan::worker_floats() const {
   const Problem& f = problem_.forward;
-  return split_ ? 0 : f.seqlen_k * (sum_stride(f.head_dim) + sum_stride(f.head_dim_v));
+  return split_ ? 0 : f.seqlen_k * (parts_ * sum_stride(f.head_dim) + sum_stride(f.head_dim_v));
 }
 
-BackwardTask BackwardPlan::head_task(const BackwardUnit& unit, std::int64_t head_in_group, float* own) const {
+BackwardTask BackwardPlan::head_task(const BackwardUnit& unit, std::int64_t head_in_group, std::int64_t part,
+                                     float* own) const {
   const Problem& f = problem_.forward;
+  const std::int64_t dk_floats = f.seqlen_k * sum_stride(f.head_dim);
   return {.batch = unit.batch,
           .head = unit.head_kv * f.group_size() + head_in_group,
           .sequence = unit.sequence,
@@ -130,11 +137,15 @@ BackwardTask BackwardPlan::head_task(const BackwardUnit& unit, std::int64_t head
           .key_end = unit.sequence.seqlen_k,
           .first_queries = head_in_group == 0,
           .last_queries = head_in_group == f.group_size() - 1,
-          .dk = own,
-          .dv = own + f.seqlen_k * sum_stride(f.head_dim)};
+          .part = part,
+          .first_part = part == 0,
+          .last_part = part == parts_ - 1,
+          .dk = own + part * dk_floats,
+          .dv = own + parts_ * dk_floats};
 }
 
-BackwardTask BackwardPlan::cell_task(const BackwardUnit& unit, const Cell& cell, float* shared) const {
+BackwardTask BackwardPlan::cell_task(const BackwardUnit& unit, const Cell& cell, std::int64_t part,
+                                     float* shared) const {
   const Problem& f = problem_.forward;
   const std::int64_t rows = query_chunks(unit), columns = key_chunks(unit);
   const std::int64_t head_in_group = cell.row / rows, chunk = cell.row % rows;
@@ -150,9 +161,12 @@ BackwardTask BackwardPlan::cell_task(const BackwardUnit& unit, const Cell& cell,
           .last_queries = cell.row == f.group_size() * rows - 1,
           .first_keys = cell.column == 0,
           .last_keys = cell.column == columns - 1,
-          .dk = shared + unit.dk,
+          .part = part,
+          .first_part = part == 0,
+          .last_part = part == parts_ - 1,
+          .dk = shared + unit.dk[part],
           .dv = shared + unit.dv,
-          .dq = shared + unit.dq + head_in_group * round_up(seqlen_q, kPanel) * sum_stride(f.head_dim)};
+          .dq = shared + unit.dq[part] + head_in_group * round_up(seqlen_q, kPanel) * sum_stride(f.head_dim)};
 }
 
 }  // namespace onepass::cpu

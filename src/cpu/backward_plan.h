@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/piecewise.h"
 #include "cpu/backward_task.h"
 #include "cpu/grid_schedule.h"
 
@@ -13,16 +14,17 @@ namespace onepass::cpu {
 struct BackwardUnit {
   std::int64_t batch = 0, head_kv = 0;
   Sequence sequence;
-  // Offsets, in floats, of the unit's sums in the shared workspace (split plans only).
-  std::int64_t dk = 0, dv = 0, dq = 0;
+  // Offsets, in floats, of the unit's sums in the shared workspace (split plans only); dk and dq of each part.
+  std::int64_t dk[kMaxParts] = {}, dv = 0, dq[kMaxParts] = {};
 };
 
 // A unit is one task when there are enough of them. Otherwise it is cut into a grid, rows of (head, chunk of queries)
 // and columns of chunks of keys, whose cells run in the order that keeps every sum's addends in sequence: neither the
-// cut nor the number of threads shows in the result.
+// cut nor the number of threads shows in the result. The parts of piecewise attention take turns within a cell: of all
+// queries that a key meets the near ones come first, so dV too is added up in the order of the queries.
 class BackwardPlan {
  public:
-  BackwardPlan(const BackwardProblem& problem, int concurrency);
+  BackwardPlan(const BackwardProblem& problem, std::int64_t parts, int concurrency);
 
   const std::vector<BackwardUnit>& units() const { return units_; }
   std::vector<Grid> grids() const;
@@ -36,9 +38,12 @@ class BackwardPlan {
   template <class Run>
   void for_each_task(const Cell& cell, float* shared, float* own, const Run& run) const {
     const BackwardUnit& unit = units_[cell.grid];
-    if (split_) return run(cell_task(unit, cell, shared));
-    const std::int64_t group = problem_.forward.group_size();
-    for (std::int64_t i = 0; i < group; ++i) run(head_task(unit, i, own));
+    const std::int64_t heads = split_ ? 1 : problem_.forward.group_size();
+    for (std::int64_t i = 0; i < heads; ++i) {
+      for (std::int64_t part = 0; part < parts_; ++part) {
+        run(split_ ? cell_task(unit, cell, part, shared) : head_task(unit, i, part, own));
+      }
+    }
   }
 
  private:
@@ -46,10 +51,11 @@ class BackwardPlan {
   std::int64_t key_chunks(const BackwardUnit& unit) const;
   void choose_split(int concurrency);
   void place_sums();
-  BackwardTask head_task(const BackwardUnit& unit, std::int64_t head_in_group, float* own) const;
-  BackwardTask cell_task(const BackwardUnit& unit, const Cell& cell, float* shared) const;
+  BackwardTask head_task(const BackwardUnit& unit, std::int64_t head_in_group, std::int64_t part, float* own) const;
+  BackwardTask cell_task(const BackwardUnit& unit, const Cell& cell, std::int64_t part, float* shared) const;
 
   const BackwardProblem& problem_;
+  std::int64_t parts_;
   std::vector<BackwardUnit> units_;
   std::int64_t workers_ = 1;
   bool split_ = false;

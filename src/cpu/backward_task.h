@@ -19,6 +19,8 @@ struct BackwardTask {
   std::int64_t query_begin = 0, query_end = 0, key_begin = 0, key_end = 0;
   bool first_queries = true, last_queries = true;  // of all that these keys meet: clear, write dk and dv
   bool first_keys = true, last_keys = true;        // of all that these queries meet: clear, write dq
+  std::int64_t part = 0;                           // of the problem: the near and the far pair of piecewise attention
+  bool first_part = true, last_part = true;        // of those that add to dv: with first/last_queries, clear, write it
   float* dk = nullptr;                             // (seqlen_k, sum_stride(head_dim)): the sums of the key head
   float* dv = nullptr;                             // (seqlen_k, sum_stride(head_dim_v))
   float* dq = nullptr;  // panels of (sum_stride(head_dim), kPanel) from query 0; null when first_keys and last_keys
