@@ -97,8 +97,21 @@ void run_append(const AppendProblem& problem, const ExecutionContext& context) {
 
 void run_cached(const AppendProblem* append, const CachedProblem& problem, const ExecutionContext& context) {
   const auto attend = choose(problem, context, &Backend::supports_cached, &Backend::cached);
-  if (append != nullptr) dispatch(*append, context, &Backend::supports_append, &Backend::append);
-  attend(problem, context);
+  if (append == nullptr) return attend(problem, context);
+  if (problem.attention.device.type != DeviceType::kCpu || !append->advance) {
+    dispatch(*append, context, &Backend::supports_append, &Backend::append);
+    return attend(problem, context);
+  }
+  // The lengths grow last: when memory is short in between, the cache is what it was.
+  AppendProblem stored = *append;
+  stored.advance = false;
+  CachedProblem with_stored = problem;
+  with_stored.pending = append->tokens;
+  dispatch(stored, context, &Backend::supports_append, &Backend::append);
+  attend(with_stored, context);
+  for (std::int64_t b = 0; b < append->cache.batch; ++b) {
+    append->cache.seqlens[b] += static_cast<std::int32_t>(append->tokens.count(b));
+  }
 }
 
 }  // namespace onepass

@@ -281,29 +281,30 @@ void run_plan(const CachedCall& call, const ExecutionContext& context) {
   bytes = std::max(bytes, decode_size.used());
 #endif
   const double flops = flops_of(call);
-  run_tasks(context, static_cast<std::int64_t>(call.plan.tasks.size()), flops, bytes,
-            [&](std::int64_t index, std::byte* memory) {
-              const CachedTask& task = call.plan.tasks[static_cast<std::size_t>(index)];
-              Arena arena(memory);
-#if !HWY_HAVE_SCALABLE
-              if (task.few_rows) {
-                DecodeState state;
-                state.take(arena, call.problem, max_keys);
-                return decode_task<T>(call, task, state);
-              }
-#endif
-              PanelState state;
-              state.take(arena, call.problem);
-              panel_task<T>(call, task, state);
-            });
   const std::int64_t dim = call.attention().head_dim_v;
-  run_tasks(context, static_cast<std::int64_t>(call.plan.merges.size()), 4.0 * double(call.plan.partial_rows * dim),
-            static_cast<std::size_t>(dim) * sizeof(float), [&](std::int64_t index, std::byte* memory) {
-              const CachedMerge& merge = call.plan.merges[static_cast<std::size_t>(index)];
-              for (std::int64_t r = 0; r < merge.rows; ++r) {
-                merge_row(call, merge, r, reinterpret_cast<float*>(memory));
-              }
-            });
+  // Both have their memory before either writes.
+  const Workers attending(context, {static_cast<std::int64_t>(call.plan.tasks.size()), flops, bytes});
+  const Workers merging(context,
+                        {static_cast<std::int64_t>(call.plan.merges.size()), 4.0 * double(call.plan.partial_rows * dim),
+                         static_cast<std::size_t>(dim) * sizeof(float)});
+  attending.run([&](std::int64_t index, std::byte* memory) {
+    const CachedTask& task = call.plan.tasks[static_cast<std::size_t>(index)];
+    Arena arena(memory);
+#if !HWY_HAVE_SCALABLE
+    if (task.few_rows) {
+      DecodeState state;
+      state.take(arena, call.problem, max_keys);
+      return decode_task<T>(call, task, state);
+    }
+#endif
+    PanelState state;
+    state.take(arena, call.problem);
+    panel_task<T>(call, task, state);
+  });
+  merging.run([&](std::int64_t index, std::byte* memory) {
+    const CachedMerge& merge = call.plan.merges[static_cast<std::size_t>(index)];
+    for (std::int64_t r = 0; r < merge.rows; ++r) merge_row(call, merge, r, reinterpret_cast<float*>(memory));
+  });
 }
 
 // Rotated queries as float32 (token, head, dim) rows; dense: batch after batch.

@@ -1,4 +1,4 @@
-// Threads, executors, allocators and processes. Numbers in comments are rows of the reliability checklist.
+// Threads, executors and processes. Numbers in comments are rows of the reliability checklist.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -13,7 +13,7 @@
 #include <thread>
 
 #include "core/thread_pool.h"
-#include "support/memory.h"
+#include "support/allocator.h"
 #include "support/target_test.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -111,37 +111,6 @@ TEST(ThreadPoolTest, ThreadCountsCanAlternateWithoutNewThreads) {
   EXPECT_GE(num_threads(), 1);
 }
 
-// Keeps every block in a map; fails at the nth allocation.
-class StrictAllocator final : public Allocator {
- public:
-  void* allocate(std::size_t bytes, Device device, void*) override {
-    const std::lock_guard lock(mutex_);
-    if (++count_ == fail_at) return nullptr;
-    constexpr std::size_t kAlignment = 256;
-    Memory memory = test::allocate(bytes + kAlignment, device);
-    const auto address = reinterpret_cast<std::uintptr_t>(memory.get());
-    void* const block = memory.get() + (kAlignment - address % kAlignment) % kAlignment;
-    live_[block] = {std::move(memory), bytes};
-    return block;
-  }
-  void deallocate(void* block, std::size_t bytes, Device device, void*) override {
-    const std::lock_guard lock(mutex_);
-    const auto found = live_.find(block);
-    if (found == live_.end() || found->second.second != bytes) std::abort();
-    synchronize(device);  // kernels may still use it
-    live_.erase(found);
-  }
-  bool balanced() const { return live_.empty(); }
-  int count() const { return count_; }
-
-  int fail_at = 0;  // 0: never
-
- private:
-  std::mutex mutex_;
-  std::map<void*, std::pair<Memory, std::size_t>> live_;
-  int count_ = 0;
-};
-
 class CountingExecutor final : public Executor {
  public:
   int concurrency() const override { return 2; }
@@ -166,67 +135,31 @@ const Case kBusy{.num_heads = 6,
                  .sinks = true,
                  .dropout = 0.1};
 
-TEST_P(Execution, WorkspaceComesFromTheAllocatorAndGoesBack) {
-  const Instance made = instance(kBusy);
-  StrictAllocator allocator;
-  ExecutionContext with = context();
-  with.allocator = &allocator;
-  expect_identical(run(made, dtype(), with), run_here(made));
-  EXPECT_TRUE(allocator.balanced());
-}
-
-TEST_P(Execution, EveryFailingAllocationIsAnError) {  // 42, 47
-  const Instance made = instance(kBusy);
-  const Results want = run_here(made);
-  for (bool backward : {false, true}) {
-    for (int n = 1;; ++n) {
-      ASSERT_LT(n, 100);
-      StrictAllocator allocator;
-      ExecutionContext with = context();
-      Call call(made, dtype());
-      if (backward) call.forward(with);
-      with.allocator = &allocator;
-      allocator.fail_at = n;
-      try {
-        backward ? call.backward(with) : call.forward(with);
-        EXPECT_LT(allocator.count(), n);
-        EXPECT_TRUE(identical(backward ? call.dq.load() : call.out.load(), backward ? want.dq : want.out));
-        break;
-      } catch (const Error& error) {
-        EXPECT_EQ(error.code(), ErrorCode::kOutOfMemory);
-        EXPECT_NE(std::string(error.what()).find("allocator: got null; need "), std::string::npos) << error.what();
-      }
-      EXPECT_TRUE(allocator.balanced()) << n;
-      const auto outputs = call.outputs();
-      if (n > 1) continue;  // a later pass of the same call: earlier ones have written
-      for (std::size_t i = backward ? 3 : 0; i < outputs.size(); ++i) EXPECT_TRUE(outputs[i]->untouched());
-    }
-  }
-}
-
 TEST_P(Execution, ResultsDoNotDependOnTheExecutor) {
   if (GetParam().device().type != DeviceType::kCpu) GTEST_SKIP() << "no threads on the host";
-  const Instance made = instance(kBusy);
-  Call call(made, dtype());
-  AttentionOptions options = call.options();
-  options.deterministic = true;
-  const auto run_with = [&](Executor& executor) {
-    ExecutionContext with = context();
-    with.executor = &executor;
-    attention(call.q, call.k, call.v, {call.out, call.lse, call.total}, options, with);
-    attention_backward(call.dout, call.q, call.k, call.v, call.out, call.lse,
-                       {call.dq, call.dk, call.dv, call.dbias, call.dsinks}, options, with);
-    return call.results();
-  };
-  ThreadPool one(1);
-  const Results want = run_with(one);
-  for (int threads : {2, 7}) {
-    ThreadPool pool(threads);
-    expect_identical(run_with(pool), want);
+  Case piecewise = kBusy, split{.batch = 1, .num_heads = 2, .seqlen_q = 600, .seqlen_k = 600, .dist_threshold = 200};
+  piecewise.dist_threshold = 60;
+  for (const Case& definition : {kBusy, piecewise, split}) {
+    if (!has_forward(GetParam(), definition) || !has_backward(GetParam(), definition)) continue;
+    const Instance made = instance(definition);
+    Call call(made, dtype());
+    const auto run_with = [&](Executor& executor) {
+      ExecutionContext with = context();
+      with.executor = &executor;
+      call.forward(with);
+      call.backward(with);
+      return call.results();
+    };
+    ThreadPool one(1);
+    const Results want = run_with(one);
+    for (int threads : {2, 7}) {
+      ThreadPool pool(threads);
+      expect_identical(run_with(pool), want);
+    }
+    CountingExecutor counting;
+    expect_identical(run_with(counting), want);
+    EXPECT_GE(counting.runs, 1);
   }
-  CountingExecutor counting;
-  expect_identical(run_with(counting), want);
-  EXPECT_GE(counting.runs, 1);
 }
 
 TEST_P(Execution, WhatTheExecutorThrowsReachesTheCaller) {  // 47

@@ -369,7 +369,9 @@ void CacheInstance::append(const std::vector<std::int64_t>& from, const std::vec
   append_kv(view(), make(keys, c.head_dim), make(values, c.head_dim_v), options, target.context());
 }
 
-void CacheInstance::attend() { cached_attention(q, view(), {out, lse}, options(), target.context()); }
+void CacheInstance::attend(const ExecutionContext& context) {
+  cached_attention(q, view(), {out, lse}, options(), context);
+}
 
 std::int64_t CacheInstance::offset_of(std::int64_t b) const {
   return std::accumulate(c.lengths.begin(), c.lengths.begin() + b, std::int64_t{0}) * c.num_heads_kv;

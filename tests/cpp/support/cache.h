@@ -65,7 +65,8 @@ class CacheInstance {
   CachedOptions options() const;
   // Writes tokens [from, to) of every sequence, given as fractions of their counts, in one call.
   void append(const std::vector<std::int64_t>& from, const std::vector<std::int64_t>& to, bool as_packed);
-  void attend();
+  void attend() { attend(target.context()); }
+  void attend(const ExecutionContext& context);
 
   // What the cache holds for token t, by its own arithmetic on the stored bytes.
   Values stored_key(std::int64_t b, std::int64_t g, std::int64_t t) const;
