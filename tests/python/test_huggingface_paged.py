@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from hf_models import VOCABULARY, Case, named
 from onepass.huggingface import paged_attention
 from transformers.generation import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
 NAMES = ["llama", "opt", "mistral-window", "gemma2-softcap", "gpt-oss-sinks"]
 LENGTHS = [19, 3, 11, 1, 26]
@@ -35,13 +35,17 @@ def one_by_one(case: Case, inputs: list[list[int]]) -> list[list[int]]:
     ]
 
 
-def batched(model: Any, inputs: list[list[int]], **settings: Any) -> list[list[int]]:
+# transformers < 5.20 says block_size.
+PAGE_SIZE = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
+
+
+def batched(model: Any, inputs: list[list[int]], page_size: int = 4, **settings: Any) -> list[list[int]]:
     """Few tokens a step and small pages, so that prompts are cut into chunks and mixed with decoding requests."""
     outputs = model.generate_batch(
         inputs,
         generation_config=GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0),
         continuous_batching_config=ContinuousBatchingConfig(
-            **{"num_blocks": 64, "max_batch_tokens": 16, "page_size": 4, **settings}
+            **{"num_blocks": 64, "max_batch_tokens": 16, PAGE_SIZE: page_size, **settings}
         ),
     )
     assert all(output.error is None for output in outputs.values())
@@ -58,14 +62,16 @@ def test_tokens_equal_generate(name: str, page_size: int) -> None:
 
 
 def test_full_layers_read_pages_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    update = FullAttentionCacheAllocator.update
+    name = "transformers.generation.continuous_batching.cache_allocators"
+    allocator = pytest.importorskip(name, reason="an older transformers").FullAttentionCacheAllocator
+    update = allocator.update
 
     def without_reading(self: Any, *args: Any, **kwargs: Any) -> Any:
         read_index = kwargs.get("read_index", args[3] if len(args) > 3 else None)
         assert read_index.numel() == 0, "keys and values were gathered"
         return update(self, *args, **kwargs)
 
-    monkeypatch.setattr(FullAttentionCacheAllocator, "update", without_reading)
+    monkeypatch.setattr(allocator, "update", without_reading)
     assert batched(named("llama").build("onepass"), prompts()) == one_by_one(named("llama"), prompts())
 
 
