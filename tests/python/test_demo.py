@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from onepass.cli import main
-from onepass.demo import embeddings, training
+from onepass.demo import embeddings, generation, training
 from onepass.demo.corpus import Corpus, batch
 from onepass.demo.model import ByteGPT, Size, onepass_attention
 from rich.progress import Progress
@@ -48,15 +48,41 @@ def test_model_is_causal() -> None:
     assert (first[:, 25:] - second[:, 25:]).abs().amax(dim=-1).min() > 1e-4, "later positions see the change"
 
 
+@pytest.mark.parametrize("storage", generation.STORAGES)
+def test_decoding_equals_recomputing(storage: str) -> None:
+    """Byte by byte over the cache as in one pass, also beyond the context of the training."""
+    model = ByteGPT(TINY, onepass_attention)
+    torch.nn.init.normal_(model.head.weight)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.project.weight, std=0.1)
+    ids = torch.randint(0, 256, (2, TINY.seqlen + 20), generator=torch.Generator().manual_seed(0))
+    decoder = generation.Decoder(model, 2, ids.shape[1], **generation.STORAGES[storage])
+    got = torch.cat([decoder(part) for part in ids.split([60, *[1] * (ids.shape[1] - 60)], dim=1)], dim=1)
+    with torch.no_grad():
+        want = model(ids[:, : TINY.seqlen])
+    error = (got[:, : TINY.seqlen] - want).abs().max() / want.abs().max()
+    assert error < {"unquantized": 1e-5, "int8": 0.02, "fp8_e4m3": 0.1}[storage]
+    assert torch.isfinite(got).all()
+
+
 def test_training_learns_and_matches_torch(corpus: Corpus) -> None:
     with Progress(disable=True) as progress:
         trained = training.train(corpus, CPU, TINY, steps=40, compared=15, progress=progress)
-        text = training.generate(trained.onepass.model, "import ", 20, progress)
+        samples, recomputed = generation.compare(trained.onepass.model, "import ", 30, corpus.validation, progress)
     assert (len(trained.onepass.losses), len(trained.torch.losses)) == (40, 15)
     assert trained.largest_loss_difference < 2e-3
     assert trained.initial_loss == pytest.approx(5.545, abs=0.01)  # log 256
     assert trained.final_loss < 3.5
-    assert text.startswith("import ")
+    assert set(samples) == {"unquantized", "int8", "fp8_e4m3"}
+    for sample in samples.values():
+        assert sample.text.startswith("import ")
+        assert len(sample.text.encode(errors="replace")) >= 37
+        assert min(sample.tokens_per_second, recomputed, sample.cache_bytes) > 0
+    exact, *quantized = samples.values()
+    assert exact.largest_logit_difference < 1e-4
+    assert exact.same_choices == 1.0
+    assert all(0 < sample.largest_logit_difference < 1.0 for sample in quantized)
+    assert all(sample.cache_bytes < 0.3 * exact.cache_bytes for sample in quantized)  # of float32
     assert trained.step_seconds(trained.torch) > 0
 
 
@@ -81,4 +107,5 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert summary["embeddings"]["similarities"][0][1] > summary["embeddings"]["similarities"][0][2]
     assert len(summary["training"]["losses"]["onepass"]) == 4
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert set(summary["generation"]["caches"]) == {"unquantized", "int8", "fp8_e4m3"}
     assert "results:" in capsys.readouterr().out

@@ -48,11 +48,15 @@ class Block(nn.Module):
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], over_cache: Attention | None = None) -> Tensor:
+        """``over_cache``: attention that also rotates and sees earlier tokens."""
         heads = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.heads, -1))  # (batch, seqlen, 3, heads, dim)
         q, k, v = heads.transpose(1, 3).unbind(2)
-        q, k = rotate(F.rms_norm(q, q.shape[-1:]), rotation), rotate(F.rms_norm(k, k.shape[-1:]), rotation)
-        mixed = self.attention(q, k, v)
+        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        if over_cache is None:
+            mixed = self.attention(rotate(q, rotation), rotate(k, rotation), v)
+        else:
+            mixed = over_cache(q, k, v)
         x = x + self.project(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(self.norm_mlp(x))).square())
 
@@ -75,15 +79,22 @@ class ByteGPT(nn.Module):
         self.norm = nn.RMSNorm(size.width)
         self.head = nn.Linear(size.width, 256, bias=False)
         nn.init.zeros_(self.head.weight)
-        dim = size.width // size.heads
-        angles = torch.arange(size.seqlen)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
-        self.cosine, self.sine = nn.Buffer(angles.cos()), nn.Buffer(angles.sin())
+        self.cosine, self.sine = (nn.Buffer(table) for table in self.rotation(size.seqlen))
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def rotation(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (length, head_dim / 2) of the angles of positions 0 to ``length`` − 1."""
+        dim = self.size.width // self.size.heads
+        device = self.embedding.weight.device
+        frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device) / dim)
+        angles = torch.arange(length, device=device)[:, None] * frequencies
+        return angles.cos(), angles.sin()
+
+    def forward(self, ids: Tensor, over_cache: Attention | None = None) -> Tensor:
+        """``over_cache``: attention for every block in turn, when ids continue sequences whose keys are stored."""
         rotation = (self.cosine[: ids.shape[1]], self.sine[: ids.shape[1]])
         x = F.rms_norm(self.embedding(ids), (self.size.width,))
         for block in self.blocks:
-            x = block(x, rotation)
+            x = block(x, rotation, over_cache)
         return self.head(self.norm(x))
 
     def loss(self, excerpts: Tensor) -> Tensor:

@@ -118,20 +118,6 @@ def validation_loss(model: ByteGPT, corpus: Corpus, device: torch.device) -> flo
     return statistics.fmean(losses)
 
 
-@torch.no_grad()
-def generate(model: ByteGPT, prompt: str, length: int, progress: Progress, temperature: float = 0.6) -> str:
-    """``prompt`` continued by ``length`` sampled bytes."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(4)
-    ids = torch.tensor([list(prompt.encode())], device=device)
-    for _ in progress.track(range(length), description="writing a sample"):
-        with precision(device):
-            logits = model(ids[:, -model.size.seqlen :])[0, -1].float()
-        probabilities = torch.softmax(logits / temperature, dim=-1)
-        ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)[None]], dim=1)
-    return bytes(ids[0].tolist()).decode(errors="replace")
-
-
 def draw(training: Training, path: Path) -> None:
     """The loss of both runs over the steps, and the time of their common steps."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
