@@ -3,7 +3,9 @@
 #include <cstring>
 #include <exception>
 #include <new>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "c_api_reader.h"
 #include "onepass/onepass.h"
@@ -159,6 +161,57 @@ onepass_status onepass_cached_attention(const onepass_tensor* q, const onepass_k
     const Reader read("cached_attention");
     onepass::cached_attention(read.required("q", q), read.cache(cache), read.outputs(outputs),
                               read.cached_options(options), CallContext(read, "cached_attention", context));
+  });
+}
+
+onepass_status onepass_page_pool_reserve(const onepass_page_pool* pool, const int64_t* counts,
+                                         onepass_page_copy* copies, size_t* num_copies) {
+  return guarded([&] {
+    constexpr const char* kOperation = "page_pool.reserve";
+    onepass::PagePool pages = Reader(kOperation).page_pool(pool);
+    const auto given = [&](const char* name, const void* array) {
+      if (array == nullptr) onepass::c_api::refuse(kOperation, name, "a null pointer", "room for one of each sequence");
+    };
+    given("counts", counts);
+    given("copies", copies);
+    given("num_copies", num_copies);
+    const auto sequences = static_cast<std::size_t>(pool->seqlens->shape[0]);
+    const std::vector<onepass::PageCopy> made = pages.reserve({counts, sequences});
+    for (std::size_t i = 0; i < made.size(); ++i) copies[i] = {made[i].source, made[i].target};
+    *num_copies = made.size();
+  });
+}
+
+onepass_status onepass_page_pool_truncate(const onepass_page_pool* pool, int64_t sequence, int64_t length) {
+  return guarded([&] { Reader("page_pool.truncate").page_pool(pool).truncate(sequence, length); });
+}
+
+onepass_status onepass_page_pool_fork(const onepass_page_pool* pool, int64_t source, int64_t target, int64_t length) {
+  return guarded([&] {
+    std::optional<std::int64_t> tokens;
+    if (length != ONEPASS_WHOLE_SEQUENCE) tokens = length;
+    Reader("page_pool.fork").page_pool(pool).fork(source, target, tokens);
+  });
+}
+
+onepass_status onepass_page_pool_free_pages(const onepass_page_pool* pool, int64_t* count) {
+  return guarded([&] {
+    constexpr const char* kOperation = "page_pool.free_pages";
+    const onepass::PagePool pages = Reader(kOperation).page_pool(pool);
+    if (count == nullptr) onepass::c_api::refuse(kOperation, "count", "a null pointer", "where to write the count");
+    *count = pages.free_pages();
+  });
+}
+
+onepass_status onepass_copy_pages(const onepass_kv_cache* cache, const onepass_page_copy* copies, size_t num_copies) {
+  return guarded([&] {
+    constexpr const char* kOperation = "copy_pages";
+    if (copies == nullptr && num_copies != 0) {
+      onepass::c_api::refuse(kOperation, "copies", "a null pointer", std::to_string(num_copies) + " copies");
+    }
+    std::vector<onepass::PageCopy> pages;
+    for (std::size_t i = 0; i < num_copies; ++i) pages.push_back({copies[i].source, copies[i].target});
+    onepass::copy_pages(Reader(kOperation).cache(cache), pages);
   });
 }
 

@@ -104,6 +104,12 @@ class Reader {
     return view;
   }
 
+  PagePool page_pool(const onepass_page_pool* pool) const {
+    check_given("pool", pool);
+    return {required("pool.page_table", pool->page_table), required("pool.seqlens", pool->seqlens),
+            required("pool.reference_counts", pool->reference_counts), pool->page_size};
+  }
+
   Rotary rotary(const onepass_rotary* rotary) const {
     if (rotary == nullptr) return {};
     check_struct("rotary", *rotary);

@@ -124,6 +124,7 @@ class ONEPASS_API PagePool {
  private:
   std::int32_t& entry(std::int64_t sequence, std::int64_t index) const;
   void check_sequence(const char* operation, const char* argument, std::int64_t sequence) const;
+  void check_pages(const char* operation, std::int64_t sequence, std::int64_t begin, std::int64_t end) const;
   void release(std::int64_t sequence, std::int64_t from);
 
   std::int32_t* page_table_;

@@ -173,6 +173,24 @@ typedef struct onepass_append_options {
 #define ONEPASS_APPEND_OPTIONS_INIT \
   { sizeof(onepass_append_options), 0, NULL, NULL, NULL }
 
+/* Which page belongs to whom: PagePool of kv_cache.h. Contiguous int32 tensors on the CPU. */
+typedef struct onepass_page_pool {
+  uint32_t struct_size;
+  uint32_t reserved;                      /* 0 */
+  const onepass_tensor* page_table;       /* (sequences, max_pages); in an empty pool all -1 */
+  const onepass_tensor* seqlens;          /* (sequences); 0 */
+  const onepass_tensor* reference_counts; /* (num_pages); 0 */
+  int64_t page_size;
+} onepass_page_pool;
+#define ONEPASS_PAGE_POOL_INIT \
+  { sizeof(onepass_page_pool), 0, NULL, NULL, NULL, 0 }
+
+typedef struct onepass_page_copy {
+  int32_t source, target;
+} onepass_page_copy;
+
+#define ONEPASS_WHOLE_SEQUENCE INT64_C(-1)
+
 typedef struct onepass_cached_options {
   uint32_t struct_size;
   int32_t keep_seqlens;
@@ -271,6 +289,24 @@ ONEPASS_API onepass_status onepass_cached_attention(const onepass_tensor* q, con
                                                     const onepass_attention_outputs* outputs,
                                                     const onepass_cached_options* options,
                                                     const onepass_context* context);
+
+/* Makes room for counts[b] more tokens of each of the pool's sequences: all or, with an error and no change, nothing.
+ * Writes the pages whose content must then be copied (onepass_copy_pages) before tokens are stored. `copies` has room
+ * for one for each sequence, as many as there can be. */
+ONEPASS_API onepass_status onepass_page_pool_reserve(const onepass_page_pool* pool, const int64_t* counts,
+                                                     onepass_page_copy* copies, size_t* num_copies);
+
+/* Keeps the first `length` tokens of a sequence; 0 frees it. */
+ONEPASS_API onepass_status onepass_page_pool_truncate(const onepass_page_pool* pool, int64_t sequence, int64_t length);
+
+/* `target`, freed first, shares the pages of the first `length` tokens of `source`, or of ONEPASS_WHOLE_SEQUENCE. */
+ONEPASS_API onepass_status onepass_page_pool_fork(const onepass_page_pool* pool, int64_t source, int64_t target,
+                                                  int64_t length);
+
+ONEPASS_API onepass_status onepass_page_pool_free_pages(const onepass_page_pool* pool, int64_t* count);
+
+ONEPASS_API onepass_status onepass_copy_pages(const onepass_kv_cache* cache, const onepass_page_copy* copies,
+                                              size_t num_copies);
 
 ONEPASS_API onepass_status onepass_alibi_slope(int64_t head, int64_t num_heads, int32_t geometric, double* slope);
 

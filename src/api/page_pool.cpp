@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <string>
 
 #include "api/kv_cache.h"
@@ -48,10 +49,29 @@ PagePool::PagePool(const TensorView& page_table, const TensorView& seqlens, cons
       max_pages_(page_table.shape[1]),
       num_pages_(reference_counts.shape[0]),
       page_size_(page_size) {
-  if (page_size < 1) api::refuse(kPool, "page_size", std::to_string(page_size), "at least 1");
+  if (page_size < 1 || page_size > std::numeric_limits<std::int32_t>::max()) {
+    api::refuse(kPool, "page_size", std::to_string(page_size), "1 to 2147483647");
+  }
   page_table_ = host_indices({"page_table", page_table}, {sequences_, max_pages_});
   seqlens_ = host_indices({"seqlens", seqlens}, {sequences_});
   reference_counts_ = host_indices({"reference_counts", reference_counts}, {num_pages_});
+  for (std::int64_t b = 0; b < sequences_; ++b) {
+    if (seqlens_[b] >= 0 && seqlens_[b] <= max_pages_ * page_size_) continue;
+    api::refuse(kPool, "seqlens", std::to_string(seqlens_[b]) + " for sequence " + std::to_string(b),
+                "0 to the capacity of " + std::to_string(max_pages_ * page_size_));
+  }
+}
+
+// The state is the caller's memory: pages are looked at before any is changed.
+void PagePool::check_pages(const char* operation, std::int64_t sequence, std::int64_t begin, std::int64_t end) const {
+  for (std::int64_t page = begin; page < end; ++page) {
+    const std::int32_t id = entry(sequence, page);
+    if (id >= -1 && id < num_pages_ && (id < 0 || reference_counts_[id] > 0)) continue;
+    api::refuse(operation, "page_table",
+                "page " + std::to_string(id) + " for sequence " + std::to_string(sequence) +
+                    (id >= 0 && id < num_pages_ ? ", which has no owner" : ""),
+                "a page of the pool that is in use, or -1");
+  }
 }
 
 std::int32_t& PagePool::entry(std::int64_t sequence, std::int64_t index) const {
@@ -88,6 +108,7 @@ std::vector<PageCopy> PagePool::reserve(std::span<const std::int64_t> counts) {
                       std::to_string(b),
                   "room for them in the capacity of " + std::to_string(capacity));
     }
+    check_pages(kOperation, b, seqlens_[b] / page_size_, pages_of(seqlens_[b] + counts[b], page_size_));
   }
   // Sequences that share a page and both grow: the last owner keeps it, so this counts one too many at worst.
   std::int64_t wanted = 0;
@@ -123,6 +144,7 @@ void PagePool::truncate(std::int64_t sequence, std::int64_t length) {
     api::refuse(kOperation, "length", std::to_string(length),
                 "0 to the " + std::to_string(seqlens_[sequence]) + " tokens of the sequence");
   }
+  check_pages(kOperation, sequence, pages_of(length, page_size_), max_pages_);
   release(sequence, pages_of(length, page_size_));
   seqlens_[sequence] = static_cast<std::int32_t>(length);
 }
@@ -137,8 +159,16 @@ void PagePool::fork(std::int64_t source, std::int64_t target, std::optional<std:
                 "0 to the " + std::to_string(seqlens_[source]) + " tokens of the source");
   }
   if (source == target) api::refuse(kOperation, "target", "the source", "another sequence");
+  const std::int64_t shared = pages_of(tokens, page_size_);
+  check_pages(kOperation, source, 0, shared);
+  check_pages(kOperation, target, 0, max_pages_);
+  for (std::int64_t page = 0; page < shared; ++page) {
+    if (entry(source, page) >= 0) continue;
+    api::refuse(kOperation, "page_table", "no page for token " + std::to_string(page * page_size_) + " of the source",
+                "pages for all its tokens");
+  }
   release(target, 0);
-  for (std::int64_t page = 0; page < pages_of(tokens, page_size_); ++page) {
+  for (std::int64_t page = 0; page < shared; ++page) {
     entry(target, page) = entry(source, page);
     ++reference_counts_[entry(source, page)];
   }

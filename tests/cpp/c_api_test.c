@@ -257,6 +257,89 @@ static void test_cache(void) {
                 "append_kv: cache: got a null pointer", "a struct");
 }
 
+/* Two sequences of at most four tokens in pages of two: they share a page until one of them writes to it. */
+static void test_page_pool(void) {
+  enum { SEQUENCES = 2, MAX_PAGES = 2, PAGES = 3, PAGE_SIZE = 2 };
+  float k[PAGES * PAGE_SIZE * DIM] = {0}, v[PAGES * PAGE_SIZE * DIM] = {0};
+  float token_k[SEQUENCES * DIM] = {1, 2, 3, 4}, token_v[SEQUENCES * DIM] = {5, 6, 7, 8};
+  int32_t table[] = {-1, -1, -1, -1}, seqlens[] = {0, 0}, references[] = {0, 0, 0}, counts_new[] = {1, 0};
+  const int64_t storage_shape[] = {PAGES, 1, PAGE_SIZE, DIM}, token_shape[] = {SEQUENCES, 1, 1, DIM};
+  const int64_t table_shape[] = {SEQUENCES, MAX_PAGES}, sequences[] = {SEQUENCES}, pages[] = {PAGES};
+  const int64_t one[] = {1, 0}, both[] = {1, 1}, many[] = {4, 0};
+  int64_t free_pages = -1;
+  size_t num_copies = 99;
+  onepass_page_copy copies[SEQUENCES];
+  onepass_tensor tk = tensor(k, ONEPASS_FLOAT32, 4, storage_shape), tv = tensor(v, ONEPASS_FLOAT32, 4, storage_shape);
+  onepass_tensor tk_new = tensor(token_k, ONEPASS_FLOAT32, 4, token_shape);
+  onepass_tensor tv_new = tensor(token_v, ONEPASS_FLOAT32, 4, token_shape);
+  onepass_tensor ttable = tensor(table, ONEPASS_INT32, 2, table_shape);
+  onepass_tensor tseqlens = tensor(seqlens, ONEPASS_INT32, 1, sequences);
+  onepass_tensor treferences = tensor(references, ONEPASS_INT32, 1, pages);
+  onepass_tensor tcounts = tensor(counts_new, ONEPASS_INT32, 1, sequences);
+  onepass_kv_cache cache = ONEPASS_KV_CACHE_INIT;
+  onepass_append_options append = ONEPASS_APPEND_OPTIONS_INIT;
+  onepass_page_pool pool = ONEPASS_PAGE_POOL_INIT;
+  pool.page_table = &ttable;
+  pool.seqlens = &tseqlens;
+  pool.reference_counts = &treferences;
+  pool.page_size = PAGE_SIZE;
+  cache.k = &tk;
+  cache.v = &tv;
+  cache.page_table = &ttable;
+  cache.seqlens = &tseqlens;
+  append.seqlens = &tcounts;
+
+  CHECK_OK(onepass_page_pool_reserve(&pool, one, copies, &num_copies));
+  CHECK(num_copies == 0 && table[0] == 0 && table[1] == -1 && references[0] == 1);
+  CHECK_OK(onepass_append_kv(&cache, &tk_new, &tv_new, &append, NULL));
+  CHECK(seqlens[0] == 1 && seqlens[1] == 0 && k[0] == 1.0f && v[1] == 6.0f);
+  CHECK_OK(onepass_page_pool_fork(&pool, 0, 1, ONEPASS_WHOLE_SEQUENCE));
+  CHECK(seqlens[1] == 1 && table[MAX_PAGES] == 0 && references[0] == 2);
+  CHECK_OK(onepass_page_pool_reserve(&pool, both, copies, &num_copies)); /* the first to write gets a page of its own */
+  CHECK(num_copies == 1 && copies[0].source == 0 && copies[0].target == 1 && table[0] == 1 && table[MAX_PAGES] == 0);
+  CHECK_OK(onepass_copy_pages(&cache, copies, num_copies));
+  counts_new[1] = 1;
+  CHECK_OK(onepass_append_kv(&cache, &tk_new, &tv_new, &append, NULL));
+  CHECK(k[PAGE_SIZE * DIM] == 1.0f && k[PAGE_SIZE * DIM + DIM] == 1.0f); /* page 1: the copy, then the new token */
+  CHECK(k[0] == 1.0f && k[DIM] == 3.0f && seqlens[0] == 2 && seqlens[1] == 2);
+  CHECK_OK(onepass_page_pool_free_pages(&pool, &free_pages));
+  CHECK(free_pages == 1);
+  CHECK_OK(onepass_page_pool_truncate(&pool, 1, 0));
+  CHECK_OK(onepass_page_pool_free_pages(&pool, &free_pages));
+  CHECK(free_pages == 2 && seqlens[1] == 0 && table[MAX_PAGES] == -1);
+
+  CHECK_REFUSED(onepass_page_pool_reserve(&pool, many, copies, &num_copies), ONEPASS_INVALID_ARGUMENT,
+                "page_pool.reserve: counts: got 4 new tokens behind 2", "capacity of 4");
+  CHECK_REFUSED(onepass_page_pool_reserve(&pool, one, NULL, &num_copies), ONEPASS_INVALID_ARGUMENT,
+                "page_pool.reserve: copies: got a null pointer", "room for one of each sequence");
+  CHECK_REFUSED(onepass_page_pool_fork(&pool, 0, 1, 3), ONEPASS_INVALID_ARGUMENT, "page_pool.fork: length: got 3",
+                "0 to the 2 tokens");
+  CHECK_REFUSED(onepass_page_pool_truncate(&pool, 2, 0), ONEPASS_INVALID_ARGUMENT,
+                "page_pool.truncate: sequence: got 2", "0 to 1");
+  CHECK_REFUSED(onepass_page_pool_free_pages(&pool, NULL), ONEPASS_INVALID_ARGUMENT, "count: got a null pointer",
+                "where to write");
+  CHECK_REFUSED(onepass_page_pool_free_pages(NULL, &free_pages), ONEPASS_INVALID_ARGUMENT, "pool: got a null pointer",
+                "a struct");
+  copies[0].target = PAGES;
+  CHECK_REFUSED(onepass_copy_pages(&cache, copies, 1), ONEPASS_INVALID_ARGUMENT, "copy_pages: copies: got page 3",
+                "0 to 2");
+  CHECK_REFUSED(onepass_copy_pages(&cache, NULL, 1), ONEPASS_INVALID_ARGUMENT, "copies: got a null pointer",
+                "1 copies");
+  table[0] = 7;
+  CHECK_REFUSED(onepass_page_pool_truncate(&pool, 0, 0), ONEPASS_INVALID_ARGUMENT,
+                "page_table: got page 7 for sequence 0", "a page of the pool");
+  table[0] = 2; /* nobody's */
+  CHECK_REFUSED(onepass_page_pool_fork(&pool, 0, 1, 1), ONEPASS_INVALID_ARGUMENT, "which has no owner", "in use");
+  table[0] = -1;
+  CHECK_REFUSED(onepass_page_pool_fork(&pool, 0, 1, 1), ONEPASS_INVALID_ARGUMENT, "no page for token 0 of the source",
+                "pages for all its tokens");
+  seqlens[0] = 5;
+  CHECK_REFUSED(onepass_page_pool_free_pages(&pool, &free_pages), ONEPASS_INVALID_ARGUMENT,
+                "page_pool: seqlens: got 5 for sequence 0", "capacity of 4");
+  pool.page_size = 0;
+  CHECK_REFUSED(onepass_page_pool_truncate(&pool, 0, 0), ONEPASS_INVALID_ARGUMENT, "page_size: got 0", "1 to");
+}
+
 static void test_refusals(void) {
   fixture f;
   onepass_attention_options options = ONEPASS_ATTENTION_OPTIONS_INIT;
@@ -397,6 +480,7 @@ int main(void) {
   test_piecewise();
   test_merge();
   test_cache();
+  test_page_pool();
   test_refusals();
   test_callbacks();
   test_last_error_is_of_the_thread();
