@@ -241,14 +241,20 @@ int main() {
   const std::int64_t before = shared.free_pages();
   shared.fork(0, 1);
   const bool costs_nothing = shared.free_pages() == before;
-  const std::vector<Tokens> forked = generate(model, shared, {{next[0]}, {'!'}}, kNew - 1);
+  const std::vector<Tokens> forked = generate(model, shared, {{next[0]}, {'?'}}, kNew - 1);
   print("shared prefix, as is:", forked[0]);
-  print("shared prefix, \"!\":", forked[1]);
+  print("shared prefix, \"?\":", forked[1]);
   std::printf("pages free: %lld after the prompt, %lld in the end\n", static_cast<long long>(before),
               static_cast<long long>(shared.free_pages()));
 
-  const bool same =
-      pages == want && costs_nothing && std::equal(forked[0].begin(), forked[0].end(), want[0].begin() + 1);
+  // No decoding at all: everything before the last token as one prompt.
+  Tokens all = first;
+  all.insert(all.end(), want[0].begin(), want[0].end() - 1);
+  Store again(1, 0);
+  const bool prefill_agrees = step(model, again, {all})[0] == want[0].back();
+
+  const bool same = pages == want && costs_nothing && prefill_agrees &&
+                    std::equal(forked[0].begin(), forked[0].end(), want[0].begin() + 1);
   std::printf("%s\n", same ? "the same tokens each way" : "TOKENS DIFFER");
   return same ? 0 : 1;
 }
