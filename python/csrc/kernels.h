@@ -17,6 +17,9 @@ void varlen_attention(Stack stack, std::uint64_t num_arguments, std::uint64_t nu
 void varlen_attention_with_lse(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
 void varlen_attention_backward(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
 
+void piecewise_attention(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
+void piecewise_attention_backward(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
+
 void merge_states(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
 
 void info(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);

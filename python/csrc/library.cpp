@@ -9,6 +9,9 @@ namespace {
 
 #define ONEPASS_VARLEN_OPERANDS \
   "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+#define ONEPASS_PIECEWISE_ARGUMENTS                                                                         \
+  "Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, SymInt dist_threshold, bool causal=False, float? " \
+  "softmax_scale=None"
 #define ONEPASS_BACKWARD_REQUEST ", bool bias_gradient=False, bool sinks_gradient=False, bool deterministic=False"
 
 template <class Library>
@@ -21,6 +24,8 @@ void register_kernels(Library& library) {
   library.impl("varlen_attention", &varlen_attention);
   library.impl("varlen_attention_with_lse", &varlen_attention_with_lse);
   library.impl("varlen_attention_backward", &varlen_attention_backward);
+  library.impl("piecewise_attention", &piecewise_attention);
+  library.impl("piecewise_attention_backward", &piecewise_attention_backward);
   library.impl("merge_states", &merge_states);
 }
 
@@ -40,6 +45,9 @@ STABLE_TORCH_LIBRARY(onepass, library) {
   library.def("varlen_attention_backward(Tensor dout, Tensor out, Tensor lse, "  //
               ONEPASS_VARLEN_OPERANDS ONEPASS_ATTENTION_OPTIONS ONEPASS_BACKWARD_REQUEST
               ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)");
+  library.def("piecewise_attention(" ONEPASS_PIECEWISE_ARGUMENTS ") -> (Tensor out, Tensor lse)");
+  library.def("piecewise_attention_backward(Tensor dout, Tensor out, Tensor lse, " ONEPASS_PIECEWISE_ARGUMENTS
+              ", bool deterministic=False) -> (Tensor dq1, Tensor dk1, Tensor dq2, Tensor dk2, Tensor dv)");
   library.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
   library.def("info() -> str");
   library.def("version() -> str");

@@ -15,6 +15,7 @@ from onepass.functional import (
     merge_states,
     varlen_attention,
 )
+from onepass.piecewise import piecewise_attention
 from onepass.sdpa import scaled_dot_product_attention
 
 __version__: str = _ops.version()
@@ -27,6 +28,7 @@ __all__ = [
     "cached_attention",
     "info",
     "merge_states",
+    "piecewise_attention",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]

@@ -114,4 +114,9 @@ for _prefix in ("", "varlen_"):
         lambda a: _empty_gradients(a.q, a.k, a.v, a.bias, a.bias_gradient, a.sinks_gradient),
     )
 _fake("plain_attention", lambda a: _empty_results(a.q, a.k, a.v, False)[0])
+_fake("piecewise_attention", lambda a: _empty_results(a.q1, a.k1, a.v, False)[:2])
+_fake(
+    "piecewise_attention_backward",
+    lambda a: tuple(_empty_in_order_of(operand, operand.shape) for operand in (a.q1, a.k1, a.q2, a.k2, a.v)),
+)
 _fake("merge_states", lambda a: (_empty_in_order_of(a.out_a, a.out_a.shape), a.lse_a.new_empty(a.lse_a.shape)))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onepass._ops import bound_arguments, ops
 
-_OPERANDS = ("q", "k", "v", "dout", "out", "lse")
+_OPERANDS = ("q", "k", "q1", "k1", "q2", "k2", "v", "dout", "out", "lse")
 _SCALARS_OF_SEQUENCES = ("key_begin", "key_end")
 
 
@@ -54,10 +54,10 @@ def _folded(name: str, size: int, args: SimpleNamespace, dims: SimpleNamespace) 
         if getattr(dims, argument, None) is not None:
             _refuse(name, argument, "a tensor mapped by vmap", "one that all mapped calls share")
     values = dict(vars(args))
-    batch = args.q.shape[0 if dims.q is None else (1 if dims.q == 0 else 0)]
     for argument in (*_OPERANDS, *_SCALARS_OF_SEQUENCES):
         if values.get(argument) is not None:
             values[argument] = _fold(values[argument], getattr(dims, argument), size)
+    batch = values["v"].shape[0] // size
     if values.get("bias") is not None:
         shared = dims.bias is None and not values.get("bias_gradient")
         if shared:
@@ -117,7 +117,14 @@ def _varlen_rule(name: str) -> Any:
     return rule
 
 
-for _name in ("plain_attention", "attention", "attention_with_lse", "attention_backward"):
+for _name in (
+    "plain_attention",
+    "attention",
+    "attention_with_lse",
+    "attention_backward",
+    "piecewise_attention",
+    "piecewise_attention_backward",
+):
     torch.library.register_vmap(f"onepass::{_name}", _dense_rule(_name))
 for _name in ("varlen_attention", "varlen_attention_with_lse", "varlen_attention_backward"):
     torch.library.register_vmap(f"onepass::{_name}", _varlen_rule(_name))

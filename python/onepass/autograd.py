@@ -161,6 +161,55 @@ def _sinks_gradient_of_lse(dlse: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     return per_row.sum(dim=[dim for dim in range(lse.dim()) if dim != heads])
 
 
+class PiecewiseAttention(Function):
+    """piecewise_attention with its LSE."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q1: Tensor,
+        k1: Tensor,
+        q2: Tensor,
+        k2: Tensor,
+        v: Tensor,
+        dist_threshold: int,
+        causal: bool,
+        softmax_scale: float | None,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return ops.piecewise_attention(q1, k1, q2, k2, v, dist_threshold, causal, softmax_scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        out, lse = output
+        *tensors, ctx.dist_threshold, ctx.causal, ctx.softmax_scale, ctx.has_lse_gradient = inputs
+        ctx.save_for_backward(out, lse, *tensors)
+        if not ctx.has_lse_gradient:  # as in Attention
+            ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, q1, k1, q2, k2, v = ctx.saved_tensors
+        nothing = (None,) * 4  # the inputs after v
+        if not ctx.has_lse_gradient:
+            dlse = None
+        if dout is None and dlse is None:
+            return (None,) * 5 + nothing
+        if dout is None:
+            dout = torch.zeros_like(out)
+        head_dim_v = v.shape[-1]
+        if dlse is not None:
+            dout, out, v = _with_lse_gradient(dout, dlse, out, v, Score())
+        gradients = call(
+            ops.piecewise_attention_backward, dout, out, lse, q1, k1, q2, k2, v,
+            ctx.dist_threshold, ctx.causal, ctx.softmax_scale,
+        )  # fmt: skip
+        gradients = _refuse_second_order((dout, q1, k1, q2, k2, v), gradients)
+        return (*gradients[:4], gradients[4][..., :head_dim_v], *nothing)
+
+
 class MergeStates(Function):
     """Merge of two partial results, in closed form: with w_a = exp(lse_a − lse) and w_b likewise,
     out = w_a·out_a + w_b·out_b, so d lse_a = w_a·(dlse + dout·(out_a − out)).

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepass._inputs import Window, as_score_dtype
 from onepass._library import call
 from onepass._ops import _empty_in_order_of, _fake, _statistics_dtype, ops
 from onepass.cache import KVCache
-from onepass.functional import AttentionResult, Window, as_score_dtype
+from onepass.functional import AttentionResult
 
 
 def cached_attention(

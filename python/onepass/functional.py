@@ -7,16 +7,28 @@ exact, without ever storing the score matrix. Options and their order are those 
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
+from onepass._inputs import (
+    Window,
+    as_int32,
+    autocast,
+    check_tensors,
+    distinct,
+    needs_gradient,
+    prepared,
+    score_of,
+)
 from onepass._library import call, translated
 from onepass._ops import Score, ScoreTensors, ops, option_arguments
 from onepass.autograd import Attention, MergeStates, VarlenLimits
 
-Window = tuple[int | None, int | None]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Alignment = Literal["bottom_right", "top_left"]
 
 # A small call costs a few microseconds, so what lies on its way is looked up once, and the operation is called without
@@ -26,7 +38,6 @@ _plain_attention_eager = getattr(ops.plain_attention, "_op", ops.plain_attention
 _is_compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 _autocast_enabled = torch._C._is_any_autocast_enabled
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class AttentionResult(NamedTuple):
@@ -37,6 +48,65 @@ class AttentionResult(NamedTuple):
     total_attention: Tensor | None = None
 
 
+class _VarlenOptions(TypedDict, total=False):
+    causal: bool
+    softmax_scale: float | None
+    window: Window | None
+    softcap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    dropout_p: float
+    deterministic: bool
+    key_begin: Tensor | None
+    key_end: Tensor | None
+    alignment: Alignment
+    alibi_zero_for_future: bool
+
+
+class _Options(_VarlenOptions, total=False):
+    bias: Tensor | None
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_total_attention: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_total_attention: bool = ...,
+    **options: Unpack[_Options],
+) -> AttentionResult: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_total_attention: Literal[True],
+    **options: Unpack[_Options],
+) -> AttentionResult: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool,
+    return_total_attention: bool = ...,
+    **options: Unpack[_Options],
+) -> Any: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -113,7 +183,7 @@ def attention(
                 return _plain_attention(q, k, v, causal, softmax_scale)
             return _plain_attention_eager(q, k, v, causal, softmax_scale)
     except AttributeError:
-        _check_tensors("attention", q=q, k=k, v=v)
+        check_tensors("attention", q=q, k=k, v=v)
         raise
     except RuntimeError as error:
         raise translated(error) from None
@@ -122,7 +192,7 @@ def attention(
         k,
         v,
         ScoreTensors(bias, sinks, alibi_slopes, key_begin, key_end),
-        _score("attention", causal, softmax_scale, window, softcap, dropout_p, alignment, alibi_zero_for_future),
+        score_of("attention", causal, softmax_scale, window, softcap, dropout_p, alignment, alibi_zero_for_future),
         deterministic=deterministic,
         return_lse=return_lse,
         return_total_attention=return_total_attention,
@@ -130,6 +200,62 @@ def attention(
     return result if return_lse or return_total_attention else result.out
 
 
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    return_lse: Literal[False] = ...,
+    return_total_attention: Literal[False] = ...,
+    **options: Unpack[_VarlenOptions],
+) -> Tensor: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    return_lse: Literal[True],
+    return_total_attention: bool = ...,
+    **options: Unpack[_VarlenOptions],
+) -> AttentionResult: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    return_lse: bool = ...,
+    return_total_attention: Literal[True],
+    **options: Unpack[_VarlenOptions],
+) -> AttentionResult: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    return_lse: bool,
+    return_total_attention: bool = ...,
+    **options: Unpack[_VarlenOptions],
+) -> Any: ...
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -181,7 +307,9 @@ def varlen_attention(
         k,
         v,
         ScoreTensors(None, sinks, alibi_slopes, key_begin, key_end),
-        _score("varlen_attention", causal, softmax_scale, window, softcap, dropout_p, alignment, alibi_zero_for_future),
+        score_of(
+            "varlen_attention", causal, softmax_scale, window, softcap, dropout_p, alignment, alibi_zero_for_future
+        ),
         ragged=(cu_seqlens_q, cu_seqlens_k, VarlenLimits(max_seqlen_q or 0, max_seqlen_k or 0)),
         deterministic=deterministic,
         return_lse=return_lse,
@@ -203,20 +331,20 @@ def attention_with_state(
     return_total_attention: bool = False,
 ) -> AttentionResult:
     """The general call behind the public ones. ``tensors.dropout_state`` fixes the dropout mask (see
-    :func:`draw_dropout_state`); without it one is drawn when ``score.dropout_p`` > 0.
+    :func:`onepass._inputs.draw_dropout_state`); without it one is drawn when ``score.dropout_p`` > 0.
     """
     operation = "attention" if ragged is None else "varlen_attention"
-    _check_tensors(operation, q=q, k=k, v=v)
-    q, k, v = _autocast(q, k, v)
-    tensors = _prepared(operation, q, tensors, score)
+    check_tensors(operation, q=q, k=k, v=v)
+    q, k, v = autocast(q, k, v)
+    tensors = prepared(operation, q, tensors, score)
     cu_seqlens_q, cu_seqlens_k, limits = (None, None, VarlenLimits()) if ragged is None else ragged
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        _check_tensors(operation, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-        cu_seqlens_q = _as_int32(operation, "cu_seqlens_q", cu_seqlens_q)
-        cu_seqlens_k = _as_int32(operation, "cu_seqlens_k", cu_seqlens_k)
-    if _needs_gradient(q, k, v, tensors.bias, tensors.sinks):
+        check_tensors(operation, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        cu_seqlens_q = as_int32(operation, "cu_seqlens_q", cu_seqlens_q)
+        cu_seqlens_k = as_int32(operation, "cu_seqlens_k", cu_seqlens_k)
+    if needs_gradient(q, k, v, tensors.bias, tensors.sinks):
         out, lse, total_attention = call(
-            Attention.apply, *_distinct(q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k), limits, score, deterministic,
+            Attention.apply, *distinct(q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k), limits, score, deterministic,
             return_lse, return_total_attention,
         )  # fmt: skip
         return AttentionResult(out, lse if return_lse else None, total_attention if return_total_attention else None)
@@ -244,8 +372,8 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
         ValueError, TypeError: as :func:`attention`.
     """
     parts = out_a, lse_a, out_b, lse_b
-    differentiable = _needs_gradient(*parts)
-    out, lse = call(MergeStates.apply, *_distinct(*parts)) if differentiable else call(ops.merge_states, *parts)
+    differentiable = needs_gradient(*parts)
+    out, lse = call(MergeStates.apply, *distinct(*parts)) if differentiable else call(ops.merge_states, *parts)
     return out, lse
 
 
@@ -272,122 +400,6 @@ def alibi_slopes(num_heads: int, *, geometric: bool = False, device: torch.devic
     return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
-def draw_dropout_state(device: torch.device) -> Tensor:
-    """int64 ``(seed, offset)`` on the CPU, drawn from torch's generator of ``device`` (which advances)."""
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        torch.cuda.init()
-        generator = torch.cuda.default_generators[device.index or 0]
-        offset = generator.get_offset()
-        generator.set_offset(offset + 4)  # torch counts in steps of 4
-        return torch.tensor([generator.initial_seed() & (2**63 - 1), offset], dtype=torch.int64)
-    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device).cpu()
-
-
 def info() -> str:
     """Version, backends with the reason where one is absent, instruction set or GPU, threads and build, as text."""
     return f"{ops.info().rstrip()}\ntorch: {torch.__version__}, {torch.get_num_threads()} threads"
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _check_tensors(operation: str, **tensors: object) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{operation}: {name}: got {type(tensor).__name__}; need torch.Tensor")
-
-
-def _as_int32(operation: str, name: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{operation}: {name}: got {tensor.dtype}; need int32 (or int64, which is converted)")
-    return tensor.to(torch.int32)
-
-
-def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """``tensors`` without repetition while compiling: Dynamo refuses an autograd.Function given one tensor twice."""
-    if not _is_compiling():
-        return tensors
-    seen: list[Tensor] = []
-    for tensor in tensors:
-        if tensor is not None:
-            seen.append(tensor.view_as(tensor) if any(tensor is other for other in seen) else tensor)
-    distinct = iter(seen)
-    return tuple(None if tensor is None else next(distinct) for tensor in tensors)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """``tensors`` in the autocast dtype, as torch does for its own attention (float64 stays)."""
-    if not _autocast_enabled():
-        return tensors
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )
-
-
-def _score(
-    operation: str,
-    causal: bool,
-    softmax_scale: float | None,
-    window: Window | None,
-    softcap: float,
-    dropout_p: float,
-    alignment: str,
-    alibi_zero_for_future: bool,
-) -> Score:
-    if alignment not in ("bottom_right", "top_left"):
-        raise ValueError(f"{operation}: alignment: got {alignment!r}; need 'bottom_right' or 'top_left'")
-    if window is not None and not (isinstance(window, tuple | list) and len(window) == 2):
-        raise ValueError(f"{operation}: window: got {window!r}; need None or a pair (left, right)")
-    left, right = (None, None) if window is None else window
-    top_left = alignment == "top_left"
-    return Score(causal, softmax_scale, dropout_p, left, right, softcap, top_left, alibi_zero_for_future)
-
-
-def _prepared(operation: str, q: Tensor, tensors: ScoreTensors, score: Score) -> ScoreTensors:
-    """The score's tensors in the forms that the operations take."""
-    bias, sinks, slopes, key_begin, key_end, dropout_state = tensors
-    if slopes is not None:
-        if slopes.requires_grad:
-            raise NotImplementedError(
-                f"{operation}: alibi_slopes: got a tensor that requires grad; need one that does not (slopes are "
-                "not differentiable; a bias is)"
-            )
-        slopes = slopes.to(torch.float32)
-    if bias is not None:
-        bias = _prepared_bias(operation, q, bias)
-    if sinks is not None:
-        sinks = as_score_dtype(operation, "sinks", q, sinks)
-    if dropout_state is None and score.dropout_p > 0.0:
-        dropout_state = draw_dropout_state(q.device)
-    return ScoreTensors(bias, sinks, slopes, key_begin, key_end, dropout_state)
-
-
-def _prepared_bias(operation: str, q: Tensor, bias: Tensor) -> Tensor:
-    if bias.dim() > 4:
-        raise ValueError(
-            f"{operation}: bias: got {bias.dim()} dimensions; need at most 4, broadcastable to "
-            "(batch, num_heads, seqlen_q, seqlen_k)"
-        )
-    bias = as_score_dtype(operation, "bias", q, bias)[(None,) * (4 - bias.dim())]
-    if bias.requires_grad:  # an expanded dimension gets its gradient summed, not stored
-        for dim in range(4):
-            if bias.stride(dim) == 0 and bias.shape[dim] > 1:
-                bias = bias.narrow(dim, 0, 1)
-    return bias
-
-
-def as_score_dtype(operation: str, name: str, q: Tensor, tensor: Tensor) -> Tensor:
-    """In the dtype of q, or in float32 (float64 beside float64)."""
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(f"{operation}: {name}: got {tensor.dtype}; need a floating-point tensor")
-    if tensor.dtype == q.dtype:
-        return tensor
-    return tensor.to(torch.float64 if q.dtype == torch.float64 else torch.float32)

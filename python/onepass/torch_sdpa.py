@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from onepass._inputs import as_score_dtype, draw_dropout_state
 from onepass._library import call
 from onepass._ops import ops
-from onepass.functional import as_score_dtype, draw_dropout_state
 
 PROVIDER = "onepass"  # its name in torch's registry of flash-attention implementations
 

@@ -7,8 +7,9 @@ import onepass
 import oracle
 import pytest
 import torch
+from onepass._inputs import draw_dropout_state
 from onepass._ops import Score, ScoreTensors
-from onepass.functional import attention_with_state, draw_dropout_state
+from onepass.functional import attention_with_state
 from oracle import Options
 from torch import Tensor
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepass._inputs import Window
 from onepass.cache import KVCache
 from onepass.decode import cached_attention
-from onepass.functional import Window
 
 _Score = tuple[float | None, bool, tuple[int, int], float, Tensor | None]
 
