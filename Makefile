@@ -15,7 +15,7 @@ cmake_flags := -DPython_EXECUTABLE=$(CURDIR)/$(python)
 # The toolkit of the machine, or the one that tools/setup installs from PyPI when there is none.
 nvcc = $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc) \
   $(abspath $(wildcard .venv/lib/python3*/site-packages/nvidia/cu1*/bin/nvcc)))
-py_files := python tests examples tools/check-cuda
+py_files := python tests examples bench tools/check-cuda
 cxx_files = $(shell git ls-files '*.h' '*.cpp' '*.c' '*.cu' '*.cuh')
 
 .PHONY: demo test test-cpp test-asan test-tsan test-python bench format lint cuda clean setup build
