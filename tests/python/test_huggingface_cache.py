@@ -63,6 +63,21 @@ def test_greedy_tokens_equal_eager(case: Case, storage: str) -> None:
     assert cache.nbytes == sum(layer.cache.nbytes for layer in cache.layers) > 0
 
 
+@pytest.mark.usefixtures("no_copies")
+@pytest.mark.parametrize("storage", [{"page_size": 4}, {"quantization": "int8"}, {"quantization": "fp8_e4m3"}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_the_device_of_the_model(name: str, storage: dict[str, Any], device: torch.device) -> None:
+    """Storage, tables and masks live where the model does: the tokens are those of the CPU."""
+    outputs = []
+    for where in (torch.device("cpu"), device):
+        model, cache = named(name).build("onepass").to(where), OnepassCache(**storage)
+        ids, mask = tokens().to(where), padding("left").to(where)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, past_key_values=cache)
+        assert cache.layers[0].cache.k.device.type == where.type
+        outputs.append(out.cpu())
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_copies_where_attention_cannot_read_the_cache(case: Case) -> None:
     """ALiBi models, and any model whose own eager code runs over the cache."""

@@ -61,6 +61,12 @@ def test_tokens_equal_generate(name: str, page_size: int) -> None:
     assert model.config._attn_implementation == "onepass", "restored"
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_the_device_of_the_model(name: str, device: torch.device) -> None:
+    model = named(name).build("onepass").to(device)
+    assert batched(model, prompts()) == one_by_one(named(name), prompts())
+
+
 def test_full_layers_read_pages_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "transformers.generation.continuous_batching.cache_allocators"
     allocator = pytest.importorskip(name, reason="an older transformers").FullAttentionCacheAllocator
