@@ -66,10 +66,16 @@ class CacheReader {
 
   // The same for scales; 0 for keys that do not exist.
   void scales(const CacheScale& scale, const Block& block, std::int64_t count, float* scales) const {
-    std::fill_n(scales, count, 0.0f);
+    std::fill(scales, scales + (block.begin - block.first), 0.0f);
+    std::fill(scales + (block.end - block.first), scales + count, 0.0f);
     for_each_run(block.begin, block.end, [&](std::int64_t key, std::int64_t run, Slot slot) {
       const float* from = scale.at(slot.block, head_, slot.offset);
-      for (std::int64_t i = 0; i < run; ++i) scales[key - block.first + i] = from[i * scale.token_stride];
+      float* const to = scales + (key - block.first);
+      if (scale.token_stride == 1) {
+        std::copy_n(from, run, to);
+      } else {
+        for (std::int64_t i = 0; i < run; ++i) to[i] = from[i * scale.token_stride];
+      }
     });
   }
 

@@ -14,6 +14,7 @@
 #include "cpu/cache_reader.h"
 #include "cpu/cached_plan.h"
 #include "cpu/decode-inl.h"
+#include "cpu/decode_bytes-inl.h"
 #include "cpu/softmax-inl.h"
 #include "cpu/values-inl.h"
 
@@ -33,6 +34,7 @@ struct StoredSide {
   std::int64_t positions;  // floats of a row in a tile: dim, rounded up to vectors
   bool natural;            // converted in channel order; else in the order of Unpack
   bool group_scales;       // applied while converting
+  bool bytes = false;      // in the order of ByteProducts
 
   template <class T>
   static StoredSide of(const KVStorage& cache, std::int64_t dim) {
@@ -40,6 +42,8 @@ struct StoredSide {
     const bool natural = groups || !Unpack<T>::kFast || dim % chunk_elements<T>() != 0;
     return {dim, padded(dim), natural, groups};
   }
+  // Whether rows are converted in the order of Unpack.
+  bool unpacked() const { return !natural && !bytes; }
 };
 
 // What a task keeps. Floats unless said.
@@ -64,6 +68,7 @@ struct DecodeState {
   const void** v_rows;
   std::int32_t* keys;      // [key]: those whose values count
   std::int32_t* all_keys;  // 0, 1, …
+  ByteState bytes;
 
   // max_keys: of any task, when weights are dropped; else 0.
   void take(Arena& arena, const CachedProblem& problem, std::int64_t max_keys) {
@@ -84,6 +89,7 @@ struct DecodeState {
     v_rows = arena.take<const void*>(2 * kDecodeKeys);
     keys = arena.take<std::int32_t>(kDecodeKeys);
     all_keys = arena.take<std::int32_t>(kDecodeKeys);
+    if (kHasByteDot && cache.dtype == DType::kInt8) bytes.take(arena, cache.head_dim, cache.head_dim_v);
   }
 };
 
@@ -94,6 +100,7 @@ class DecodeTask {
   static constexpr std::int64_t kTileKeys = kDecodeKeys / kPartials;  // vectors of a tile
   static constexpr std::int64_t kTileSize = kDecodeKeys * kRows;
   static constexpr std::int64_t kLineElements = 64 / sizeof(T);
+  static constexpr bool kBytes = kHasByteDot && std::is_same_v<T, std::int8_t> && kRows > 1;
 
  public:
   DecodeTask(const CachedProblem& problem, const Problem& queries, const ScoreTerms& terms, const CachedTask& task,
@@ -110,6 +117,7 @@ class DecodeTask {
 
   void run() {
     pack_queries();
+    if constexpr (kBytes) use_bytes();
     set_lanes();
     for (std::int64_t i = 0; i < kDecodeKeys; ++i) s_.all_keys[i] = static_cast<std::int32_t>(i);
     std::fill_n(s_.out, kRows * v_.positions, 0.0f);
@@ -133,7 +141,7 @@ class DecodeTask {
   // Row r of the result in channel order, times `factor`.
   void read_row(std::int64_t r, float factor, float* dst) const {
     const float* row = s_.out + r * v_.positions;
-    if (!v_.natural) factor *= Unpack<T>::kFactor;
+    if (v_.unpacked()) factor *= Unpack<T>::kFactor;
     for (std::int64_t p = 0; p < v_.positions; ++p) {
       if (const std::int64_t d = channel(v_, p); d < v_.dim) dst[d] = row[p] * factor;
     }
@@ -151,6 +159,7 @@ class DecodeTask {
 
   static std::int64_t channel(const StoredSide& side, std::int64_t position) {
     if (side.natural) return position;
+    if (side.bytes) return position / kByteChunk * kByteChunk + byte_channel(position % kByteChunk);
     const std::int64_t chunk = chunk_elements<T>();
     return position / chunk * chunk + Unpack<T>::channel(position % chunk);
   }
@@ -159,20 +168,38 @@ class DecodeTask {
   std::int64_t row_of(std::int64_t r) const { return task_.first_row + std::min(r, task_.rows - 1); }
 
   void pack_queries() {
-    const float factor = terms_.query_factor * (k_.natural ? 1.0f : Unpack<T>::kFactor);
+    const float factor = k_.natural ? 1.0f : Unpack<T>::kFactor;
     for (std::int64_t r = 0; r < kRows; ++r) {
-      const std::int64_t row = row_of(r);
-      with_float_type(queries_.dtype, [&]<class Q>(Q) {
-        if constexpr (!std::is_same_v<Q, double>) {
-          convert_row(queries_.q.row<Q>(rows_.batch, rows_.head_of(row), rows_.token_of(row)), k_.dim, s_.staging);
-        }
-      });
+      load_query(r);
       for (std::int64_t p = 0; p < k_.positions; ++p) {
         const std::int64_t d = channel(k_, p);
         s_.q[p / kPartials * kLanes + r * kPartials + p % kPartials] = d < k_.dim ? s_.staging[d] * factor : 0.0f;
       }
     }
   }
+
+  void load_query(std::int64_t r) {
+    const std::int64_t row = row_of(r);
+    with_float_type(queries_.dtype, [&]<class Q>(Q) {
+      if constexpr (!std::is_same_v<Q, double>) {
+        convert_row(queries_.q.row<Q>(rows_.batch, rows_.head_of(row), rows_.token_of(row)), k_.dim, s_.staging);
+      }
+    });
+    for (std::int64_t d = 0; d < k_.dim; ++d) s_.staging[d] *= terms_.query_factor;
+  }
+
+  // Integer products, when nothing in the problem or the queries is against them.
+  void use_bytes() {
+    const bool whole = k_.dim % kByteChunk == 0 && v_.dim % kByteChunk == 0;
+    if (!has_byte_dot() || !whole || k_.group_scales || problem_.prob_threshold > 0) return;
+    ByteProducts<kRows> products = byte_products();
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      load_query(r);
+      if (!products.pack_query(r, s_.staging)) return;
+    }
+    k_.bytes = v_.bytes = true;
+  }
+  ByteProducts<kRows> byte_products() const { return {s_.bytes, k_.dim, v_.dim}; }
 
   void set_lanes() {
     min_end_ = INT64_MAX;
@@ -230,7 +257,7 @@ class DecodeTask {
   void convert(const StoredSide& side, const CacheScale& scale, const Block& block, const T* const* rows,
                const std::int32_t* list, std::int64_t count, float* dst) {
     if constexpr (Unpack<T>::kFast) {
-      if (!side.natural && !has_nan<T>(rows, list, count, side.dim)) {
+      if (side.unpacked() && !has_nan<T>(rows, list, count, side.dim)) {
         return convert_block<T>(rows, list, count, side.dim, dst);
       }
     }
@@ -257,6 +284,14 @@ class DecodeTask {
 
   // Products of a block, scaled by nothing yet.
   void multiply_keys_by_queries(const Block& block, float* scores) {
+    if constexpr (kBytes) {
+      if (k_.bytes) {
+        for (std::int64_t first = 0; first < kDecodeKeys; first += kConvertedKeys) {
+          byte_products().score(block.k + first, lines_of(k_, block.k_next + first), scores + first * kRows);
+        }
+        return;
+      }
+    }
     if constexpr (kRows == 1 && Unpack<T>::kFast) {
       if (!k_.natural && !has_nan<T>(block.k, s_.all_keys, kDecodeKeys, k_.dim)) {
         return score_one_row<T>(block.k, block.k_next, kDecodeKeys, s_.q, k_.dim, scores);
@@ -374,9 +409,14 @@ class DecodeTask {
       if (hidden) mask(block.keys.first, 0.0f, weights);  // 0·NaN
     }
     LineFetcher ahead = lines_of(v_, block.v_next);
+    if constexpr (kBytes) {
+      if (v_.bytes && byte_products().pack_weights(weights)) {
+        return byte_products().add_values(block.v, s_.out, ahead);
+      }
+    }
     bool converted = true;
     if constexpr (kReadsStorage<T, kRows>) {
-      converted = v_.natural || hidden || has_nan<T>(block.v, s_.keys, count_, v_.dim);
+      converted = !v_.unpacked() || hidden || has_nan<T>(block.v, s_.keys, count_, v_.dim);
       if (!converted) {
         add_values_of<T, T, kRows>(block.v, s_.keys, count_, weights, v_.dim, s_.out, v_.positions, ahead);
       }

@@ -369,6 +369,40 @@ TEST_P(CachedRelations, NanReachesTheRowsThatSeeIt) {
   }
 }
 
+// The same for tokens that were not finite when they were quantized, whose scale is NaN, and for queries.
+TEST_P(CachedRelations, NanScalesAndQueriesReachTheirRows) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const char* place : {"key", "value", "query"}) {
+    for (std::int64_t queries : {1, 2, 40}) {
+      const std::int64_t length = 150, poisoned = length - 2, last = queries - 1;
+      CacheInstance cache({.name = place,
+                           .num_heads = 4,
+                           .num_heads_kv = 1,
+                           .lengths = {length},
+                           .queries = {queries},
+                           .storage = DType::kInt8,
+                           .granularity = ScaleGranularity::kHead},
+                          GetParam());
+      const bool of_query = place == std::string("query");
+      Tensor& tensor = of_query ? cache.q : place == std::string("key") ? cache.k_scale : cache.v_scale;
+      Values values = tensor.load();
+      values[of_query ? last * 64 + 7 : poisoned] = nan;  // of head 0
+      tensor.store(values);
+      cache.attend();
+      const Values out = cache.loaded_out();
+      for (std::int64_t i = 0; i < queries; ++i) {
+        for (std::int64_t h = 0; h < 4; ++h) {
+          const bool sees = of_query ? i == last && h == 0 : i + length - queries >= poisoned;
+          for (std::int64_t d = 0; d < 64; ++d) {
+            EXPECT_EQ(std::isnan(out[(i * 4 + h) * 64 + d]), sees)
+                << place << ", query " << i << " of " << queries << ", head " << h << ", channel " << d;
+          }
+        }
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, CachedRelations, testing::ValuesIn(targets()),
                          [](const auto& instance) { return name_of_target(instance.param); });
 
