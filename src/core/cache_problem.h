@@ -43,6 +43,7 @@ struct KVStorage {
   std::int32_t* seqlens = nullptr;            // (batch), on the cache's device like all indices here
   const std::int32_t* first_key = nullptr;    // null: 0
   const std::int32_t* batch_index = nullptr;  // null: b
+  const std::int32_t* cu_seqlens = nullptr;   // one packed block: token t of sequence b lies at cu_seqlens[b] + t
 
   bool paged() const { return page_table != nullptr; }
   std::int64_t capacity() const { return paged() ? max_pages * block_tokens : block_tokens; }
@@ -50,6 +51,7 @@ struct KVStorage {
   // Host side, of indices that have been checked.
   std::int64_t start(std::int64_t b) const { return first_key ? std::max<std::int64_t>(first_key[b], 0) : 0; }
   Slot slot(std::int64_t b, std::int64_t token) const {
+    if (cu_seqlens != nullptr) return {0, cu_seqlens[b] + token};
     if (!paged()) return {batch_index ? batch_index[b] : b, token};
     return {page_table[b * page_table_stride + token / block_tokens], token % block_tokens};
   }
@@ -99,6 +101,7 @@ struct CachedProblem {
   NewTokens pending;   // stored already but not yet counted in cache.seqlens
   RotaryTable rotary;  // of q
   std::int64_t num_splits = 0;
+  std::int64_t keys_per_part = 0;  // > 0: instead, as many parts as leave each at most this many keys
   double prob_threshold = 0.0;
 };
 
@@ -113,8 +116,8 @@ inline Sequence sequence_of(const CachedProblem& problem, std::int64_t b) {
   }
   s.seqlen_k = problem.cache.seqlens[b] + problem.pending.count(b);
   s.key_begin = std::min(problem.cache.start(b), s.seqlen_k);
-  s.key_end = s.seqlen_k;
-  s.diagonal = s.seqlen_k - s.seqlen_q;
+  s.key_end = p.key_end ? std::clamp<std::int64_t>(p.key_end[b], 0, s.seqlen_k) : s.seqlen_k;
+  s.diagonal = p.top_left ? 0 : s.seqlen_k - s.seqlen_q;
   return s;
 }
 

@@ -9,6 +9,7 @@
 #include "core/float8.h"
 #include "cpu/cached_plan.h"
 #include "cpu/decode_rows-inl.h"
+#include "cpu/dropout-inl.h"
 #include "cpu/panel-inl.h"
 #include "cpu/rotary.h"
 #include "cpu/values-inl.h"
@@ -46,7 +47,7 @@ float finish(const CachedCall& call, const RowSet& rows, std::int64_t row, float
   const float sink = problem.sinks != nullptr ? sink_of(problem, rows.head_of(row)) : 0.0f;
   const RowResult result = finish_row(maximum, sum, call.terms.unit(), problem.sinks != nullptr ? &sink : nullptr);
   if (problem.lse) problem.lse.at<float>(rows.batch, rows.head_of(row), rows.token_of(row)) = result.lse;
-  return result.factor;
+  return result.factor * static_cast<float>(1.0 / (1.0 - problem.dropout_p));
 }
 
 void store_out(const CachedCall& call, const RowSet& rows, std::int64_t row, const float* values) {
@@ -100,6 +101,7 @@ struct PanelState {
   float* tile_maximum;  // [width]
   float* rescale;
   float* staging;
+  float* bias_staging;
   float* finite_values;  // [key][dim_v]
 
   void take(Arena& arena, const CachedProblem& problem) {
@@ -112,6 +114,7 @@ struct PanelState {
     tile_maximum = arena.take<float>(shape.width);
     rescale = arena.take<float>(shape.width);
     staging = arena.take<float>(lane_count() * lane_count());
+    bias_staging = p.bias ? arena.take<float>(bias_staging_size(kBlockKeys)) : nullptr;
     finite_values = arena.take<float>(kBlockKeys * p.head_dim_v);
   }
 };
@@ -143,8 +146,9 @@ void attend_panel(const CachedCall& call, Panel& panel, KeySpan span, std::int64
   const Segments segments(panel.lanes, panel.width, span.first, span.count);
   std::fill_n(s.tile_maximum, panel.width, -kInfinity);
   multiply_segments(k, panel.q, tile, segments, problem.head_dim, s.tile_maximum);
-  finish_scores(problem, call.terms, tile, panel.lanes, s.tile_maximum, nullptr);
+  finish_scores(problem, call.terms, tile, panel.lanes, s.tile_maximum, s.bias_staging);
   softmax_tile(tile, call.terms.unit(), s.tile_maximum, panel.maximum, panel.sum, s.rescale);
+  if (problem.dropout_p > 0) drop_weights(problem, tile, panel.lanes);
   add_values(v, tile, segments, panel.lanes, problem.head_dim_v, panel.out, s.rescale, s.finite_values);
 }
 

@@ -97,7 +97,9 @@ inline CachedPlan plan_cached(const CachedProblem& problem, const CachedPlanShap
     const std::int64_t first_block = set.begin / block_keys;
     const std::int64_t blocks = (set.end + block_keys - 1) / block_keys - first_block;
     std::int64_t parts = problem.num_splits;
-    if (parts == 0) {
+    if (problem.keys_per_part > 0) {
+      parts = (set.end - set.begin + problem.keys_per_part - 1) / problem.keys_per_part;
+    } else if (parts == 0) {
       parts = shape.threads == 1 ? 1 : static_cast<std::int64_t>(std::lround(set.cost / std::max(1.0, cost_per_part)));
       parts = std::min(parts, (set.end - set.begin) / kMinPartKeys);
     }

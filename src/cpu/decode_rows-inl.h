@@ -15,6 +15,7 @@
 #include "cpu/cached_plan.h"
 #include "cpu/decode-inl.h"
 #include "cpu/decode_bytes-inl.h"
+#include "cpu/dropout-inl.h"
 #include "cpu/softmax-inl.h"
 #include "cpu/values-inl.h"
 
@@ -60,6 +61,7 @@ struct DecodeState {
   float* k_scales;  // [key], and one vector past the end
   float* v_scales;
   float* staging;       // [positions]
+  float* row_terms;     // [kDecodeKeys]
   std::int32_t* begin;  // [lane]: visible keys, as in Lanes
   std::int32_t* end;
   std::int32_t* center;
@@ -85,6 +87,7 @@ struct DecodeState {
     k_scales = arena.take<float>(kDecodeKeys + kLanes);
     v_scales = arena.take<float>(kDecodeKeys + kLanes);
     staging = arena.take<float>(std::max(k_positions, v_positions));
+    row_terms = arena.take<float>(kDecodeKeys);
     k_rows = arena.take<const void*>(2 * kDecodeKeys);
     v_rows = arena.take<const void*>(2 * kDecodeKeys);
     keys = arena.take<std::int32_t>(kDecodeKeys);
@@ -129,6 +132,7 @@ class DecodeTask {
       for_each_block(/*with_k=*/true, /*with_v=*/true, [&](const Block& block) {
         score(block, s_.scores);
         softmax(block, s_.scores);
+        if (problem_.attention.dropout_p > 0) drop(block.keys.first, s_.scores);
         list_all(block);
         add_values(block, s_.scores);
       });
@@ -320,6 +324,7 @@ class DecodeTask {
     }
     if (terms_.any()) scale_scores(ScoreTile{scores, kLanes, block.keys.first, kTileKeys}, terms_);
     if (terms_.alibi) add_distance(block.keys.first, scores);
+    if (terms_.bias) add_bias(block, scores);
     mask_and_maximum(block.keys.first, scores);
   }
 
@@ -350,6 +355,50 @@ class DecodeTask {
       const Floats behind = hn::ConvertTo(f, hn::Sub(from, key));
       const Floats distance = terms_.alibi_zero_for_future ? hn::Max(behind, hn::Zero(f)) : hn::Abs(behind);
       hn::Store(hn::NegMulAdd(slope, distance, hn::Load(f, scores + k * kLanes)), f, scores + k * kLanes);
+    }
+  }
+
+  // tile[key][r] += the bias of row r. A row of a tile has no key of its own: its keys lie along memory.
+  void add_bias(const Block& block, float* tile) {
+    const Problem& problem = problem_.attention;
+    const BiasOperand& bias = problem.bias;
+    const std::int64_t skipped = block.keys.begin - block.keys.first;
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      const std::int64_t row = row_of(r);
+      const std::int64_t offset = rows_.batch * bias.batch_stride + rows_.head_of(row) * bias.head_stride +
+                                  rows_.query_of(row) * bias.query_stride;
+      with_float_type(bias.dtype, [&]<class B>(B) {
+        if constexpr (!std::is_same_v<B, double>) {
+          const auto* const of_row = static_cast<const std::byte*>(bias.data) + offset * sizeof(B);
+          load_bias_row<B>(of_row, block.keys.begin, block.count(), bias.key_stride, s_.row_terms);
+        }
+      });
+      float* const at = tile + skipped * kRows + r;
+      for (std::int64_t i = 0; i < block.count(); ++i) at[i * kRows] += s_.row_terms[i];
+    }
+  }
+
+  // Dropped weights become 0. A vector of counters holds kLanes draws of a row, four keys each.
+  void drop(std::int64_t first, float* weights) {
+    const WordTag w;
+    const Problem& p = problem_.attention;
+    const std::uint32_t threshold = dropout_threshold(p.dropout_p);
+    const PhiloxKey key(p);
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      const std::int64_t row = row_of(r);
+      const auto query = static_cast<std::uint32_t>(rows_.query_of(row));
+      const auto plane = static_cast<std::uint32_t>(rows_.batch * p.num_heads + rows_.head_of(row));
+      for (std::int64_t quad = 0; quad < kDecodeKeys / 4; quad += kLanes) {
+        Words words[4] = {hn::Iota(w, static_cast<std::uint32_t>(first / 4 + quad)), hn::Set(w, query),
+                          hn::Set(w, plane), hn::Set(w, static_cast<std::uint32_t>(p.dropout_offset))};
+        philox_words(words[0], words[1], words[2], words[3], key.low, key.high);
+        HWY_ALIGN std::uint32_t bits[4][kLanes];
+        for (int i = 0; i < 4; ++i) hn::Store(words[i], w, bits[i]);
+        for (std::int64_t i = 0; i < 4 * kLanes; ++i) {
+          float& weight = weights[(quad * 4 + i) * kRows + r];
+          if (bits[i % 4][i / 4] < threshold) weight = 0.0f;
+        }
+      }
     }
   }
 

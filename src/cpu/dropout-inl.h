@@ -51,20 +51,26 @@ HWY_INLINE void drop_row(Words bits, Ints flipped_threshold, float* weights) {
   hn::Store(hn::IfThenElse(dropped, hn::Zero(f), hn::Load(f, weights)), f, weights);
 }
 
+// The words that key the generator.
+struct PhiloxKey {
+  std::uint32_t low, high;
+  explicit PhiloxKey(const Problem& p)
+      : low(static_cast<std::uint32_t>(p.dropout_seed)),
+        high(static_cast<std::uint32_t>(p.dropout_seed >> 32) ^ static_cast<std::uint32_t>(p.dropout_offset >> 32)) {}
+};
+
 // Zeroes the dropped weights of a tile; survivors keep theirs (1/(1 − p) is left to the caller).
 inline HWY_NOINLINE void drop_weights(const Problem& problem, const ScoreTile& tile, const Lanes& lanes) {
   const WordTag w;
   const std::uint32_t threshold = dropout_threshold(problem.dropout_p);
   const Ints flipped = hn::Set(IntTag(), static_cast<std::int32_t>(threshold ^ 0x80000000u));
-  const auto key0 = static_cast<std::uint32_t>(problem.dropout_seed);
-  const std::uint32_t key1 =
-      static_cast<std::uint32_t>(problem.dropout_seed >> 32) ^ static_cast<std::uint32_t>(problem.dropout_offset >> 32);
+  const PhiloxKey key(problem);
   const std::int64_t end_key = tile.first_key + tile.keys;
   for (std::int64_t column = 0; column < tile.width; column += lane_count()) {
     for (std::int64_t quad = tile.first_key / 4; quad * 4 < end_key; ++quad) {
       Words w0 = hn::Set(w, static_cast<std::uint32_t>(quad)), w1 = hn::Load(w, lanes.query + column),
             w2 = hn::Load(w, lanes.plane + column), w3 = hn::Set(w, static_cast<std::uint32_t>(problem.dropout_offset));
-      philox_words(w0, w1, w2, w3, key0, key1);
+      philox_words(w0, w1, w2, w3, key.low, key.high);
       const std::int64_t row = quad * 4 - tile.first_key;
       float* const at = tile.scores + row * tile.width + column;
       drop_row(w0, flipped, at);

@@ -7,7 +7,7 @@
 
 namespace onepass::cpu {
 
-// Whether the decode kernel takes this call: few rows a key/value head, and only options that caches know.
+// Whether the decode kernel takes this call: few rows a key/value head, many keys.
 bool has_few_rows(const Problem& problem);
 
 // The forward pass of such a problem; writes out and lse.
