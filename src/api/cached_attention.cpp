@@ -91,7 +91,6 @@ void cached_attention(const TensorView& q, const KVCacheView& view, const Attent
   lower_queries(call, options, problem.cache, attention);
   api::lower_options(call, attention);
   problem.rotary = api::lower_rotary(kOperation, options.rotary, q.device, q.dtype, attention.head_dim);
-  lower_outputs(call, outputs, view, options, attention);
   if (options.num_splits < 0) {
     refuse(kOperation, "num_splits", std::to_string(options.num_splits), "0 (chosen for speed) or more");
   }
@@ -112,6 +111,7 @@ void cached_attention(const TensorView& q, const KVCacheView& view, const Attent
       refuse(kOperation, "k_new", api::describe(options.k_new), "a token for each query of packed q");
     }
   }
+  lower_outputs(call, outputs, view, options, attention);  // last: all that it compares with has been checked
   const NewTokens added = append ? append->tokens : NewTokens{};
   if (q.device.type == DeviceType::kCpu) {
     attention.seqlen_k = api::check_sequences(kOperation, problem.cache, added, problem.rotary);

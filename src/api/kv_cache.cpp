@@ -159,8 +159,10 @@ void check_length(const char* operation, const KVStorage& cache, const NewTokens
   }
 }
 
-void check_blocks(const char* operation, const KVStorage& cache, std::int64_t b, std::int64_t length) {
-  const std::int64_t start = std::min(cache.start(b), length);
+// Blocks of the tokens [first, length) and of those that are read, which begin at the first valid one.
+void check_blocks(const char* operation, const KVStorage& cache, std::int64_t b, std::int64_t first,
+                  std::int64_t length) {
+  const std::int64_t start = std::min(cache.start(b), first);
   if (start == length) return;
   if (!cache.paged()) {
     const std::int64_t row = cache.slot(b, 0).block;
@@ -301,7 +303,7 @@ std::int64_t check_sequences(const char* operation, const KVStorage& cache, cons
   for (std::int64_t b = 0; b < cache.batch; ++b) {
     check_length(operation, cache, tokens, b);
     const std::int64_t length = cache.seqlens[b] + tokens.count(b);
-    check_blocks(operation, cache, b, length);
+    check_blocks(operation, cache, b, cache.seqlens[b], length);
     if (rotary && length - cache.start(b) > rotary.max_positions) {
       refuse(operation, "rotary.cos",
              std::to_string(rotary.max_positions) + " positions for " + std::to_string(length) + " tokens" +

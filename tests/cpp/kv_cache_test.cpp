@@ -144,6 +144,15 @@ TEST_F(CacheRefusal, Pages) {
         c.page_table.store(table);
       },
       "written by two sequences");
+  expect(  // new tokens before the first valid one are stored too
+      {.name = "padded", .page_size = 16, .first_key = {50, 0, 0}, .append = true},
+      [](auto& c, auto&, auto&) {
+        Values table = c.page_table.load();
+        table[0] = 1000;
+        c.page_table.store(table);
+        c.seqlens.store({0, 32, 3});
+      },
+      "cache.page_table: got page 1000 at 0 for sequence 0");
   expect(
       kPaged, [](auto& c, auto& view, auto&) { view.batch_index = c.seqlens; },
       "cache.batch_index: got a tensor; need none for a paged cache");
@@ -197,6 +206,9 @@ TEST_F(CacheRefusal, ShapesAndTypes) {
       plain, [](auto&, auto& view, auto&) { view.v.shape[2] = 100; }, "cache.v: got");
   expect(
       plain, [](auto&, auto&, auto& options) { options.v_new = {}; }, "v_new: got");
+  expect(
+      plain, [](auto&, auto&, auto& options) { options.v_new.rank = 2147483647; },
+      "v_new: got float32 of rank 2147483647");
   expect(
       plain, [](auto&, auto&, auto& options) { options.k_new.shape[1] = 1; }, "k_new: got");
   expect(

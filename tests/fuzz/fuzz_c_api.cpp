@@ -2,62 +2,17 @@
 //
 // What must hold: the status is one of the table; a refused call says what is needed and has written nothing; an
 // accepted one gives the same bits twice, and what the float64 reference gives.
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "bytes.h"
-#include "core/half.h"
-#include "guarded_memory.h"
 #include "onepass/onepass_c.h"
+#include "slots.h"
 
 namespace onepass::fuzz {
 namespace {
-
-constexpr std::int64_t kMaxBytes = 1 << 20;  // of one tensor
-constexpr std::byte kCanary{0xA5};
-
-#define REQUIRE(condition)                                                                                         \
-  do {                                                                                                             \
-    if (!(condition)) {                                                                                            \
-      std::fprintf(stderr, "%s:%d: %s\n  last error: %s\n", __FILE__, __LINE__, #condition, onepass_last_error()); \
-      std::abort();                                                                                                \
-    }                                                                                                              \
-  } while (0)
-
-enum class Role { kInput, kIndex, kOutput };
-
-// A tensor and its memory, made after all spoiling so that the memory is as long as the descriptor claims.
-struct Slot {
-  onepass_tensor tensor = ONEPASS_TENSOR_INIT;
-  Role role = Role::kInput;
-  bool given = false;
-  std::unique_ptr<GuardedMemory> memory = {};
-};
-
-std::int64_t element_size(std::int32_t dtype) {
-  return dtype >= 0 && dtype <= 8 ? size_of(static_cast<DType>(dtype)) : 8;
-}
-
-// Offsets in elements of the lowest and one past the highest element; false when no memory that long can be had.
-bool extent(const onepass_tensor& t, std::int64_t& low, std::int64_t& high) {
-  low = high = 0;
-  for (int i = 0; i < std::clamp(t.rank, 0, int{ONEPASS_MAX_RANK}); ++i) {
-    if (t.shape[i] <= 0) return low = high = 0, true;
-    __int128 reach = static_cast<__int128>(t.shape[i] - 1) * t.strides[i];
-    if (reach > kMaxBytes || reach < -kMaxBytes) return false;
-    (reach < 0 ? low : high) += static_cast<std::int64_t>(reach);
-  }
-  ++high;
-  return (high - low) * element_size(t.dtype) <= kMaxBytes;
-}
 
 struct Call {
   explicit Call(Bytes& bytes);
@@ -79,21 +34,6 @@ struct Call {
 
   bool ragged_ = false;
 };
-
-void set(Slot& slot, Role role, std::int32_t dtype, std::initializer_list<std::int64_t> shape, bool swapped = false) {
-  slot.given = true;
-  slot.role = role;
-  onepass_tensor& t = slot.tensor;
-  t.dtype = dtype;
-  for (std::int64_t size : shape) t.shape[t.rank++] = size;
-  int order[ONEPASS_MAX_RANK] = {0, 1, 2, 3, 4};
-  if (swapped && t.rank >= 3) std::swap(order[t.rank - 3], order[t.rank - 2]);
-  std::int64_t stride = 1;
-  for (int i = t.rank - 1; i >= 0; --i) {
-    t.strides[order[i]] = stride;
-    stride *= std::max<std::int64_t>(t.shape[order[i]], 1);
-  }
-}
 
 void Call::describe(Bytes& bytes) {
   const std::int32_t dtype = static_cast<std::int32_t>(bytes.below(4));
@@ -164,20 +104,13 @@ void Call::spoil(Bytes& bytes) {
   for (std::int64_t count = bytes.below(4); count > 0; --count) {
     onepass_tensor& t = slots[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(slots.size())))]->tensor;
     const std::int64_t value = bytes.wild();
-    switch (bytes.below(13)) {
-      case 0: t.shape[bytes.below(ONEPASS_MAX_RANK)] = value; break;
-      case 1: t.strides[bytes.below(ONEPASS_MAX_RANK)] = value; break;
-      case 2: t.rank = static_cast<std::int32_t>(value); break;
-      case 3: t.dtype = static_cast<std::int32_t>(value); break;
-      case 4: t.device_type = static_cast<std::int32_t>(value); break;
-      case 5: t.device_index = static_cast<std::int32_t>(value); break;
-      case 6: t.struct_size = static_cast<std::uint32_t>(value); break;
-      case 7: t.reserved = static_cast<std::int32_t>(value); break;
-      case 8: options.flags = static_cast<std::uint64_t>(value); break;
-      case 9: options.window_left = value; break;
-      case 10: options.window_right = value; break;
-      case 11: options.softcap = value == 7 ? NAN : static_cast<double>(value); break;
-      case 12: options.dropout_p = static_cast<double>(value) / 8; break;
+    switch (const std::int64_t field = bytes.below(kSpoilableFields + 5); field) {
+      case kSpoilableFields: options.flags = static_cast<std::uint64_t>(value); break;
+      case kSpoilableFields + 1: options.window_left = value; break;
+      case kSpoilableFields + 2: options.window_right = value; break;
+      case kSpoilableFields + 3: options.softcap = value == 7 ? NAN : static_cast<double>(value); break;
+      case kSpoilableFields + 4: options.dropout_p = static_cast<double>(value) / 8; break;
+      default: fuzz::spoil(t, field, value);
     }
   }
 }
@@ -185,44 +118,18 @@ void Call::spoil(Bytes& bytes) {
 void Call::allocate(Bytes& bytes) {
   const bool at_front = bytes.one_in(2);
   std::minstd_rand generator(bytes.byte());
-  std::normal_distribution<float> normal;
   const std::uint8_t bad_index = bytes.byte();
   for (Slot* slot : slots) {
     if (!slot->given) continue;
-    onepass_tensor& t = slot->tensor;
-    std::int64_t low, high;
-    if (!extent(t, low, high)) {
-      usable = false;
-      return;
-    }
-    const std::int64_t size = element_size(t.dtype);
-    slot->memory = std::make_unique<GuardedMemory>((high - low) * size, at_front);
-    std::byte* const data = slot->memory->data();
-    if (high > low) t.data = data - low * size;
-    if (slot->role == Role::kOutput) std::fill_n(data, slot->memory->bytes(), kCanary);
-    if (slot->role == Role::kInput) {
-      for (std::int64_t i = 0; i < high - low; ++i) {
-        if (t.dtype >= 0 && t.dtype <= ONEPASS_BFLOAT16) {
-          with_float_type(static_cast<DType>(t.dtype), [&]<class T>(T) {
-            T x;
-            if constexpr (std::is_same_v<T, double>) {
-              x = normal(generator);
-            } else {
-              x = from_float<T>(normal(generator));
-            }
-            std::memcpy(data + i * size, &x, sizeof(T));
-          });
-        }
-      }
-    }
-    if (slot->role == Role::kIndex && t.dtype == ONEPASS_INT32) {
-      // Rising, so that cu_seqlens are mostly valid; now and then not.
-      const std::int64_t tokens = slot == &cu_q ? q.tensor.shape[0] : k.tensor.shape[ragged_ ? 0 : 2];
-      for (std::int64_t i = 0; i < high - low; ++i) {
-        auto x = static_cast<std::int32_t>(high - low > 1 ? i * tokens / (high - low - 1) : 0);
-        if (bad_index > 240) x = static_cast<std::int32_t>(bytes.wild());
-        std::memcpy(data + i * size, &x, sizeof(x));
-      }
+    const std::int64_t elements = fuzz::allocate(*slot, at_front, generator);
+    usable = usable && elements >= 0;
+    if (!usable) return;
+    if (slot->role != Role::kIndex || slot->tensor.dtype != ONEPASS_INT32) continue;
+    // Rising, so that cu_seqlens are mostly valid; now and then not.
+    const std::int64_t tokens = slot == &cu_q ? q.tensor.shape[0] : k.tensor.shape[ragged_ ? 0 : 2];
+    for (std::int64_t i = 0; i < elements; ++i) {
+      const std::int64_t rising = elements > 1 ? i * tokens / (elements - 1) : 0;
+      put(*slot, i, static_cast<std::int32_t>(bad_index > 240 ? bytes.wild() : rising));
     }
   }
 }
@@ -233,83 +140,38 @@ Call::Call(Bytes& bytes) {
   allocate(bytes);
 }
 
-// One of the table, and a refusal says what is needed.
-onepass_status checked(onepass_status status) {
-  REQUIRE(status >= ONEPASS_OK && status <= ONEPASS_UNSUPPORTED);
-  const std::string message = status == ONEPASS_OK ? "" : onepass_last_error();
-  REQUIRE(status == ONEPASS_OK || message.find("attention") != std::string::npos);
-  REQUIRE(status == ONEPASS_OK || status == ONEPASS_UNSUPPORTED || message.find("; need ") != std::string::npos);
-  return status;
-}
-
 onepass_status Call::run(const char* backend) {
-  const auto view = [](const Slot& slot) { return slot.given ? &slot.tensor : nullptr; };
-  options.alibi_slopes = view(slopes);
-  options.bias = view(bias);
-  options.sinks = view(sinks);
-  options.key_begin = view(key_begin);
-  options.key_end = view(key_end);
+  options.alibi_slopes = slopes.view();
+  options.bias = bias.view();
+  options.sinks = sinks.view();
+  options.key_begin = key_begin.view();
+  options.key_end = key_end.view();
   options.flags |= backward && options.flags < 16 ? ONEPASS_DETERMINISTIC : 0;
   onepass_context context = ONEPASS_CONTEXT_INIT;
   context.backend = backend;
   onepass_varlen_shape shape = ONEPASS_VARLEN_SHAPE_INIT;
-  shape.cu_seqlens_q = view(cu_q);
-  shape.cu_seqlens_k = view(cu_k);
+  shape.cu_seqlens_q = cu_q.view();
+  shape.cu_seqlens_k = cu_k.view();
   onepass_attention_outputs outputs = ONEPASS_ATTENTION_OUTPUTS_INIT;
-  outputs.out = view(out);
-  outputs.lse = view(lse);
-  outputs.total_attention = view(total);
+  outputs.out = out.view();
+  outputs.lse = lse.view();
+  outputs.total_attention = total.view();
   const onepass_status forward =
-      checked(ragged_ ? onepass_varlen_attention(view(q), view(k), view(v), &shape, &outputs, &options, &context)
-                      : onepass_attention(view(q), view(k), view(v), &outputs, &options, &context));
+      checked(ragged_ ? onepass_varlen_attention(q.view(), k.view(), v.view(), &shape, &outputs, &options, &context)
+                      : onepass_attention(q.view(), k.view(), v.view(), &outputs, &options, &context));
   forward_accepted = forward == ONEPASS_OK;
   if (!backward) return forward;
   // Also after a refused forward: with the same spoilt arguments, or with what happens to be in out and lse.
   onepass_attention_gradients gradients = ONEPASS_ATTENTION_GRADIENTS_INIT;
-  gradients.dq = view(dq);
-  gradients.dk = view(dk);
-  gradients.dv = view(dv);
-  gradients.dbias = view(dbias);
-  gradients.dsinks = view(dsinks);
-  return checked(ragged_ ? onepass_varlen_attention_backward(view(dout), view(q), view(k), view(v), &shape, view(out),
-                                                             view(lse), &gradients, &options, &context)
-                         : onepass_attention_backward(view(dout), view(q), view(k), view(v), view(out), view(lse),
+  gradients.dq = dq.view();
+  gradients.dk = dk.view();
+  gradients.dv = dv.view();
+  gradients.dbias = dbias.view();
+  gradients.dsinks = dsinks.view();
+  return checked(ragged_ ? onepass_varlen_attention_backward(dout.view(), q.view(), k.view(), v.view(), &shape,
+                                                             out.view(), lse.view(), &gradients, &options, &context)
+                         : onepass_attention_backward(dout.view(), q.view(), k.view(), v.view(), out.view(), lse.view(),
                                                       &gradients, &options, &context));
-}
-
-std::vector<std::byte> bytes_of(const Slot& slot) {
-  if (slot.memory == nullptr) return {};
-  return {slot.memory->data(), slot.memory->data() + slot.memory->bytes()};
-}
-
-// Elements that the view covers, in row-major order.
-std::vector<double> values_of(const Slot& slot) {
-  std::vector<double> values;
-  const onepass_tensor& t = slot.tensor;
-  std::int64_t count = 1;
-  for (int i = 0; i < t.rank; ++i) count *= t.shape[i];
-  for (std::int64_t position = 0; position < count; ++position) {
-    std::int64_t offset = 0, rest = position;
-    for (int i = t.rank - 1; i >= 0; --i) {
-      offset += rest % t.shape[i] * t.strides[i];
-      rest /= t.shape[i];
-    }
-    with_float_type(static_cast<DType>(t.dtype),
-                    [&]<class T>(T) { values.push_back(to_float(static_cast<const T*>(t.data)[offset])); });
-  }
-  return values;
-}
-
-void require_close(const std::vector<double>& got, const std::vector<double>& want, std::int32_t dtype) {
-  double largest = 1.0;
-  for (double x : want) {
-    if (std::isfinite(x)) largest = std::max(largest, std::abs(x));
-  }
-  const double tolerance = largest * (dtype == ONEPASS_BFLOAT16 ? 0.06 : dtype == ONEPASS_FLOAT16 ? 0.01 : 1e-3);
-  for (std::size_t i = 0; i < want.size(); ++i) {
-    REQUIRE(std::isfinite(got[i]) == std::isfinite(want[i]));
-    if (std::isfinite(want[i])) REQUIRE(std::abs(got[i] - want[i]) <= tolerance);
-  }
 }
 
 }  // namespace
