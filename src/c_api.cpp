@@ -133,6 +133,17 @@ onepass_status onepass_piecewise_attention_backward(
   });
 }
 
+onepass_status onepass_total_attention(const onepass_tensor* q, const onepass_tensor* k, const onepass_tensor* lse,
+                                       const onepass_tensor* total, const onepass_attention_options* options,
+                                       const onepass_context* context) {
+  return guarded([&] {
+    const Reader read("total_attention");
+    onepass::total_attention(read.required("q", q), read.required("k", k), read.required("lse", lse),
+                             read.required("total", total), read.options(options),
+                             CallContext(read, "total_attention", context));
+  });
+}
+
 onepass_status onepass_merge_states(const onepass_tensor* out_a, const onepass_tensor* lse_a,
                                     const onepass_tensor* out_b, const onepass_tensor* lse_b, const onepass_tensor* out,
                                     const onepass_tensor* lse, const onepass_context* context) {

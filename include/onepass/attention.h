@@ -110,6 +110,12 @@ ONEPASS_API void varlen_attention_backward(const TensorView& dout, const TensorV
                                            const TensorView& lse, const AttentionGradients& gradients,
                                            const AttentionOptions& options = {}, const ExecutionContext& context = {});
 
+// Writes total: for each key the sum over queries of the weights e^(logit − lse), from an LSE that attention() or a
+// merge of parts has returned; float32 (B, H, Sk). options as for attention(); dropout has no part in it.
+ONEPASS_API void total_attention(const TensorView& q, const TensorView& k, const TensorView& lse,
+                                 const TensorView& total, const AttentionOptions& options = {},
+                                 const ExecutionContext& context = {});
+
 // Exact merge of two partial results over disjoint keys: lse = log(e^lse_a + e^lse_b), out weighted accordingly;
 // (−inf, −inf) gives (0, −inf). out_*: (B, H, S, Dv) of one dtype, lse_*: float32 (B, H, S). Outputs may be the inputs.
 ONEPASS_API void merge_states(const TensorView& out_a, const TensorView& lse_a, const TensorView& out_b,

@@ -276,6 +276,11 @@ ONEPASS_API onepass_status onepass_piecewise_attention_backward(
     const onepass_tensor* lse, const onepass_attention_gradients* gradients, const onepass_attention_options* options,
     const onepass_context* context);
 
+ONEPASS_API onepass_status onepass_total_attention(const onepass_tensor* q, const onepass_tensor* k,
+                                                   const onepass_tensor* lse, const onepass_tensor* total,
+                                                   const onepass_attention_options* options,
+                                                   const onepass_context* context);
+
 ONEPASS_API onepass_status onepass_merge_states(const onepass_tensor* out_a, const onepass_tensor* lse_a,
                                                 const onepass_tensor* out_b, const onepass_tensor* lse_b,
                                                 const onepass_tensor* out, const onepass_tensor* lse,

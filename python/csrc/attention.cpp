@@ -180,6 +180,26 @@ void plain_attention(Stack stack, std::uint64_t, std::uint64_t) {
   });
   set_results(stack, out);
 }
+void total_attention(Stack stack, std::uint64_t, std::uint64_t) {
+  Arguments arguments(stack);
+  Tensor q = arguments.tensor(), k = arguments.tensor();
+  const Tensor lse = arguments.tensor();
+  const bool causal = arguments.boolean();
+  const std::optional<double> softmax_scale = arguments.optional_real();
+  const Tensor total = translate_errors([&] {
+    constexpr const char* kOperation = "total_attention";
+    q = with_contiguous_rows(q);
+    k = with_contiguous_rows(k);
+    const TensorView queries = view_of(q, kOperation, "q", 4), keys = view_of(k, kOperation, "k", 4);
+    NewTensor result = empty_contiguous({queries.shape[0], queries.shape[1], keys.shape[2]},
+                                        accumulator_of(queries.dtype), queries.device);
+    const CallContext context(queries.device);
+    onepass::total_attention(queries, keys, view_of(lse, kOperation, "lse"), result.view,
+                             {.causal = causal, .softmax_scale = softmax_scale}, context.get());
+    return result.tensor;
+  });
+  set_results(stack, total);
+}
 void attention(Stack stack, std::uint64_t, std::uint64_t) { forward(stack, Form::kDense); }
 void attention_with_lse(Stack stack, std::uint64_t, std::uint64_t) { forward_with_lse(stack, Form::kDense); }
 void attention_backward(Stack stack, std::uint64_t, std::uint64_t) { backward(stack, Form::kDense); }

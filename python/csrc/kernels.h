@@ -17,6 +17,8 @@ void varlen_attention(Stack stack, std::uint64_t num_arguments, std::uint64_t nu
 void varlen_attention_with_lse(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
 void varlen_attention_backward(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
 
+void total_attention(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
+
 void piecewise_attention(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
 void piecewise_attention_backward(Stack stack, std::uint64_t num_arguments, std::uint64_t num_results);
 

@@ -24,6 +24,7 @@ void register_kernels(Library& library) {
   library.impl("varlen_attention", &varlen_attention);
   library.impl("varlen_attention_with_lse", &varlen_attention_with_lse);
   library.impl("varlen_attention_backward", &varlen_attention_backward);
+  library.impl("total_attention", &total_attention);
   library.impl("piecewise_attention", &piecewise_attention);
   library.impl("piecewise_attention_backward", &piecewise_attention_backward);
   library.impl("merge_states", &merge_states);
@@ -45,6 +46,8 @@ STABLE_TORCH_LIBRARY(onepass, library) {
   library.def("varlen_attention_backward(Tensor dout, Tensor out, Tensor lse, "  //
               ONEPASS_VARLEN_OPERANDS ONEPASS_ATTENTION_OPTIONS ONEPASS_BACKWARD_REQUEST
               ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)");
+  library.def(
+      "total_attention(Tensor q, Tensor k, Tensor lse, bool causal=False, float? softmax_scale=None) -> Tensor");
   library.def("piecewise_attention(" ONEPASS_PIECEWISE_ARGUMENTS ") -> (Tensor out, Tensor lse)");
   library.def("piecewise_attention_backward(Tensor dout, Tensor out, Tensor lse, " ONEPASS_PIECEWISE_ARGUMENTS
               ", bool deterministic=False) -> (Tensor dq1, Tensor dk1, Tensor dq2, Tensor dk2, Tensor dv)");

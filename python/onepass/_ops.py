@@ -114,6 +114,10 @@ for _prefix in ("", "varlen_"):
         lambda a: _empty_gradients(a.q, a.k, a.v, a.bias, a.bias_gradient, a.sinks_gradient),
     )
 _fake("plain_attention", lambda a: _empty_results(a.q, a.k, a.v, False)[0])
+_fake(
+    "total_attention",
+    lambda a: a.q.new_empty([a.q.shape[0], a.q.shape[1], a.k.shape[2]], dtype=_statistics_dtype(a.q)),
+)
 _fake("piecewise_attention", lambda a: _empty_results(a.q1, a.k1, a.v, False)[:2])
 _fake(
     "piecewise_attention_backward",

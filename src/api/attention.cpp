@@ -36,6 +36,17 @@ void attention_backward(const TensorView& dout, const TensorView& q, const Tenso
   backward({"attention_backward", {"q", q}, {"k", k}, {"v", v}, options, nullptr}, dout, out, lse, gradients, context);
 }
 
+void total_attention(const TensorView& q, const TensorView& k, const TensorView& lse, const TensorView& total,
+                     const AttentionOptions& options, const ExecutionContext& context) {
+  const Call call{"total_attention", {"q", q}, {"k", k}, {"k", k}, options, nullptr};  // no values
+  const api::Named given{"lse", lse}, wanted{"total", total};
+  Problem problem = api::lower(call);
+  problem.lse = api::lower_rows(call, problem, given, api::Tokens::kQuery);
+  problem.total_attention = api::lower_rows(call, problem, wanted, api::Tokens::kKey);
+  api::check_outputs(call, {wanted}, {given});
+  run_total_attention(problem, context);
+}
+
 void varlen_attention(const TensorView& q, const TensorView& k, const TensorView& v, const VarlenShape& shape,
                       const AttentionOutputs& outputs, const AttentionOptions& options,
                       const ExecutionContext& context) {

@@ -87,6 +87,10 @@ void run_piecewise_backward(const PiecewiseBackwardProblem& problem, const Execu
   dispatch(problem, context, &Backend::supports_piecewise_backward, &Backend::piecewise_backward);
 }
 
+void run_total_attention(const Problem& problem, const ExecutionContext& context) {
+  dispatch(problem, context, &Backend::supports_total_attention, &Backend::total_attention);
+}
+
 void run_merge(const MergeProblem& problem, const ExecutionContext& context) {
   dispatch(problem, context, &Backend::supports_merge, &Backend::merge);
 }

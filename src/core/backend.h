@@ -30,6 +30,8 @@ struct Backend {
   void (*piecewise)(const PiecewiseProblem&, const ExecutionContext&) = nullptr;
   Unsupported (*supports_piecewise_backward)(const PiecewiseBackwardProblem&) = nullptr;
   void (*piecewise_backward)(const PiecewiseBackwardProblem&, const ExecutionContext&) = nullptr;
+  Unsupported (*supports_total_attention)(const Problem&) = nullptr;  // from a given lse
+  void (*total_attention)(const Problem&, const ExecutionContext&) = nullptr;
   Unsupported (*supports_merge)(const MergeProblem&) = nullptr;
   void (*merge)(const MergeProblem&, const ExecutionContext&) = nullptr;
   Unsupported (*supports_append)(const AppendProblem&) = nullptr;
@@ -53,6 +55,7 @@ void run_forward(const Problem& problem, const ExecutionContext& context);
 void run_backward(const BackwardProblem& problem, const ExecutionContext& context);
 void run_piecewise(const PiecewiseProblem& problem, const ExecutionContext& context);
 void run_piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context);
+void run_total_attention(const Problem& problem, const ExecutionContext& context);
 void run_merge(const MergeProblem& problem, const ExecutionContext& context);
 void run_append(const AppendProblem& problem, const ExecutionContext& context);
 // `append`, when given, runs first; both have a backend before either writes.

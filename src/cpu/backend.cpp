@@ -6,6 +6,7 @@
 #include "cpu/forward.h"
 #include "cpu/isa.h"
 #include "cpu/merge.h"
+#include "cpu/total_attention.h"
 
 namespace onepass {
 namespace {
@@ -30,6 +31,8 @@ const Backend kCpuBackend{
     .piecewise = cpu::piecewise,
     .supports_piecewise_backward = cpu::supports_piecewise_backward,
     .piecewise_backward = cpu::piecewise_backward,
+    .supports_total_attention = cpu::supports_forward,
+    .total_attention = cpu::total_attention,
     .supports_merge = supports_merge,
     .merge = cpu::merge,
     .supports_append = cpu::supports_append,

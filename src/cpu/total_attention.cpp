@@ -190,5 +190,9 @@ void TotalAttention::run() const {
   }
 }
 
+void total_attention(const Problem& problem, const ExecutionContext& context) {
+  TotalAttention(Parts(&problem, 1), context).run();
+}
+
 }  // namespace onepass::cpu
 #endif  // HWY_ONCE

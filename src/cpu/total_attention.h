@@ -19,4 +19,7 @@ class TotalAttention {
   Workers workers_;
 };
 
+// Writes problem.total_attention from problem.lse.
+void total_attention(const Problem& problem, const ExecutionContext& context);
+
 }  // namespace onepass::cpu

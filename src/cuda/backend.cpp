@@ -14,6 +14,8 @@ const Backend kCudaBackend{
     .forward = cuda::forward,
     .supports_backward = cuda::supports_backward,
     .backward = cuda::backward,
+    .supports_total_attention = cuda::supports_total_attention,
+    .total_attention = cuda::total_attention,
     .supports_merge = cuda::supports_merge,
     .merge = cuda::merge,
 };

@@ -27,6 +27,8 @@ const Backend kReferenceBackend{
     .piecewise = reference::piecewise,
     .supports_piecewise_backward = supports<PiecewiseBackwardProblem>,
     .piecewise_backward = reference::piecewise_backward,
+    .supports_total_attention = supports<Problem>,
+    .total_attention = reference::total_attention,
     .supports_merge = supports<MergeProblem>,
     .merge = reference::merge,
     .supports_append = supports<AppendProblem>,

@@ -92,10 +92,33 @@ void forward_typed(const Problem& problem, const FarPair* far, const ExecutionCo
   for (std::int64_t head = 0; head < problem.num_heads; ++head) write_unowned<T>(problem, head);
 }
 
+template <class T>
+void sum_columns(const Problem& problem, const ExecutionContext& context) {
+  const std::int64_t heads = problem.batch * problem.num_heads;
+  const Workspace workspace(context, problem.device, heads * problem.seqlen_k * sizeof(double));
+  executor_of(context).run(heads, [&](std::int64_t index) {
+    const Head<T> head(problem, nullptr, index / problem.num_heads, index % problem.num_heads);
+    double* const columns = workspace.as<double>() + index * problem.seqlen_k;
+    std::fill_n(columns, problem.seqlen_k, 0.0);
+    for (std::int64_t i = 0; i < head.sequence().seqlen_q; ++i) {
+      const double lse = head.query_statistic(problem.lse, i);
+      const KeyRange keys = lse == -kInfinity ? KeyRange{0, 0} : head.visible(i);
+      for (std::int64_t j = keys.begin; j < keys.end; ++j) columns[j] += std::exp(head.score(i, j).value - lse);
+    }
+    for (std::int64_t j = 0; j < head.sequence().seqlen_k; ++j) {
+      head.key_statistic(problem.total_attention, j) = static_cast<Statistic<T>>(columns[j]);
+    }
+  });
+}
+
 }  // namespace
 
 void forward(const Problem& problem, const ExecutionContext& context) {
   with_float_type(problem.dtype, [&](auto zero) { forward_typed<decltype(zero)>(problem, nullptr, context); });
+}
+
+void total_attention(const Problem& problem, const ExecutionContext& context) {
+  with_float_type(problem.dtype, [&](auto zero) { sum_columns<decltype(zero)>(problem, context); });
 }
 
 void piecewise(const PiecewiseProblem& problem, const ExecutionContext& context) {

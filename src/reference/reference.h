@@ -15,6 +15,7 @@ void forward(const Problem& problem, const ExecutionContext& context);
 void backward(const BackwardProblem& problem, const ExecutionContext& context);
 void piecewise(const PiecewiseProblem& problem, const ExecutionContext& context);
 void piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context);
+void total_attention(const Problem& problem, const ExecutionContext& context);
 void merge(const MergeProblem& problem, const ExecutionContext& context);
 void append(const AppendProblem& problem, const ExecutionContext& context);
 void cached(const CachedProblem& problem, const ExecutionContext& context);

@@ -42,6 +42,23 @@ TEST_P(Accuracy, WithinTwiceTheNaiveError) {
   for (const Tensor* output : call.outputs()) EXPECT_TRUE(output->canaries_intact());
 }
 
+// From the LSE of the forward pass the same sums as beside it.
+TEST_P(Accuracy, TotalAttentionFromTheLse) {
+  const auto& [target, definition] = GetParam();
+  if (!has_total_attention(target) || definition.dist_threshold || definition.ragged()) {
+    GTEST_SKIP() << "no total attention of its own";
+  }
+  Instance instance(definition, target.dtype);
+  instance.device = target.device();
+  Call call(instance, target.dtype);
+  call.forward(target.context());
+  const Values want = call.total.load();
+  call.total.store(Values(want.size(), -1.0));
+  total_attention(call.q, call.k, call.lse, call.total, call.options(), target.context());
+  EXPECT_TRUE(close(call.total.load(), want, target.backend == "reference" ? 1e-5 * instance.c.seqlen_q : 0.0));
+  EXPECT_TRUE(call.total.canaries_intact());
+}
+
 std::string name_of_parameter(const testing::TestParamInfo<Parameter>& info) {
   return name_of_target(std::get<0>(info.param)) + "_" + std::get<1>(info.param).name;
 }

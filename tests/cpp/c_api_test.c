@@ -209,6 +209,19 @@ static void test_merge(void) {
                 "merge_states: lse_b: got a null pointer", "a tensor");
 }
 
+/* Beside the outputs and from the LSE: the same sums. */
+static void test_total_attention(void) {
+  fixture f;
+  float again[HEADS * KEYS];
+  onepass_tensor tagain = tensor(again, ONEPASS_FLOAT32, 3, total_shape);
+  prepare(&f);
+  CHECK_OK(onepass_attention(&f.tq, &f.tk, &f.tv, &f.outputs, NULL, NULL));
+  CHECK_OK(onepass_total_attention(&f.tq, &f.tk, &f.tlse, &tagain, NULL, NULL));
+  for (int i = 0; i < HEADS * KEYS; ++i) CHECK(f.total[i] == again[i]);
+  CHECK_REFUSED(onepass_total_attention(&f.tq, &f.tk, NULL, &tagain, NULL, NULL), ONEPASS_INVALID_ARGUMENT,
+                "total_attention: lse: got a null pointer", "a tensor");
+}
+
 /* Two appends to a cache of 4 tokens, attention over it with a third token brought along, and a cache that is full. */
 static void test_cache(void) {
   fixture f;
@@ -479,6 +492,7 @@ int main(void) {
   test_varlen();
   test_piecewise();
   test_merge();
+  test_total_attention();
   test_cache();
   test_page_pool();
   test_refusals();

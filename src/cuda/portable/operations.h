@@ -11,6 +11,9 @@ void forward(const Problem& problem, const ExecutionContext& context);
 Unsupported supports_backward(const BackwardProblem& problem);
 void backward(const BackwardProblem& problem, const ExecutionContext& context);
 
+Unsupported supports_total_attention(const Problem& problem);
+void total_attention(const Problem& problem, const ExecutionContext& context);
+
 Unsupported supports_merge(const MergeProblem& problem);
 void merge(const MergeProblem& problem, const ExecutionContext& context);
 

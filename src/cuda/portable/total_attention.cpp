@@ -1,6 +1,7 @@
 #include "cuda/portable/total_attention.h"
 
 #include "cuda/portable/choose.h"
+#include "cuda/portable/operations.h"
 #include "cuda/portable/ragged.h"
 
 namespace onepass::cuda {
@@ -21,6 +22,15 @@ void sum_columns(const Problem& problem, const ExecutionContext& context) {
   launch(problem.operation, kernel.kernel,
          {problem.batch * problem.num_heads * arguments.key_tiles, kernel.threads, kernel.shared_bytes},
          problem.device.index, context.stream, arguments);
+}
+
+Unsupported supports_total_attention(const Problem& problem) {
+  return common_limits(problem.device, problem.dtype, problem.head_dim);
+}
+
+void total_attention(const Problem& problem, const ExecutionContext& context) {
+  const DeviceGuard guard(problem.device.index);
+  sum_columns(problem, context);
 }
 
 }  // namespace onepass::cuda

@@ -313,6 +313,7 @@ bool has_backward(const Target& target, const Case& definition) {
   const Backend& backend = backend_of(target);
   return definition.dist_threshold ? backend.piecewise_backward != nullptr : backend.backward != nullptr;
 }
+bool has_total_attention(const Target& target) { return backend_of(target).total_attention != nullptr; }
 bool has_merge(const Target& target) { return backend_of(target).merge != nullptr; }
 bool has_cached(const Target& target) {
   return backend_of(target).cached != nullptr && backend_of(target).append != nullptr;

@@ -33,6 +33,7 @@ std::vector<Target> targets();
 // Whether the backend has the case's forward and backward pass at all.
 bool has_forward(const Target& target, const Case& definition = {});
 bool has_backward(const Target& target, const Case& definition = {});
+bool has_total_attention(const Target& target);
 bool has_merge(const Target& target);
 bool has_cached(const Target& target);  // and append
 
