@@ -26,10 +26,10 @@ QUANTIZED: dict[str, tuple[dict[str, Any], float]] = {  # storage, allowed error
     "fp8_e5m2": ({"quantization": "fp8_e5m2", "page_size": 16}, 0.5),
     "bfloat16": ({"dtype": torch.bfloat16}, 0.03),
 }
-# MPT's model code refuses every cache that the user brings. ALiBi models and Falcon, which makes a mask tensor of its
-# own, attend over copies.
+# MPT's model code refuses every cache that the user brings. Falcon, which makes mask tensors of its own, attends over
+# copies.
 CASES = [case for case in GENERATING if case.name != "mpt-alibi"]
-DIRECT = [case for case in CASES if "alibi" not in case.name and "falcon" not in case.name]
+DIRECT = [case for case in CASES if "falcon" not in case.name]
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_the_device_of_the_model(name: str, storage: dict[str, Any], device: tor
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_copies_where_attention_cannot_read_the_cache(case: Case) -> None:
-    """ALiBi models, and any model whose own eager code runs over the cache."""
+    """Falcon, and any model whose own eager code runs over the cache."""
     eager = case.build(case.peer)
     want = generate(eager)
     assert torch.equal(generate(case.build("onepass"), past_key_values=OnepassCache()), want)
@@ -132,6 +132,30 @@ def test_crop_goes_back(storage: str) -> None:
         whole = model(ids[:, :14], past_key_values=cache).logits
     assert torch.equal(first, again)
     assert relative_error(whole[:, 9:], first) < 2e-5
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_speculative_decoding_equals_eager(name: str, storage: str) -> None:
+    """Drafts from the prompt itself, or from an assistant, are cropped where they are rejected."""
+    ids = tokens()[:1, :6].repeat(1, 3)
+    options = {"max_new_tokens": 14, "do_sample": False}
+    want = named(name).build("eager").generate(ids, **options)
+    for draft in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": named(name).build("onepass")}):
+        cache = OnepassCache(**STORAGES[storage])
+        got = named(name).build("onepass").generate(ids, past_key_values=cache, **options, **draft)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_conversation_goes_on(storage: str) -> None:
+    """The cache of one answer serves the next question."""
+    model, eager = named("llama").build("onepass"), named("llama").build("eager")
+    cache, options = OnepassCache(**STORAGES[storage]), {"max_new_tokens": 6, "do_sample": False}
+    first = model.generate(tokens()[:, :10], past_key_values=cache, **options)
+    question = torch.cat([first, tokens()[:, 10:15]], dim=1)
+    second = model.generate(question, past_key_values=cache, **options)
+    assert torch.equal(second, eager.generate(question, **options))
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -26,6 +26,7 @@ def onepass_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
@@ -44,6 +45,8 @@ def onepass_attention(
         sliding_window: tokens that a query sees, itself counted; used when no mask says it.
         softcap: cap·tanh(score/cap) when given. s_aux: (num_heads), sink logits. position_bias: broadcastable to
             (batch, num_heads, seqlen_q, seqlen_k), added to the scores and differentiable.
+        alibi_slopes: float32 (num_heads), when ``position_bias`` is theirs but for a constant of each row; over an
+            OnepassCache they replace it.
         cu_seq_lens_q, cu_seq_lens_k: int32 (sequences + 1), ends of packed sequences in a batch of one row.
 
     Returns:
@@ -79,9 +82,9 @@ def onepass_attention(
         "dropout_p": dropout,
     }
     if isinstance(key, CachedStates) and isinstance(value, CachedStates):
-        plain = packed is None and position_bias is None and dropout == 0.0
+        plain = packed is None and (position_bias is None or alibi_slopes is not None) and dropout == 0.0
         if plain and visibility.dense is None and visibility.key_end is None:
-            return _cached(query, key, visibility, options), None
+            return _cached(query, key, visibility, alibi_slopes, options), None
         key, value = key.dequantized(), value.dequantized()
     if packed is not None:
         return _packed(query, key, value, packed, position_bias, options), None
@@ -121,12 +124,18 @@ def _without_description(
     return Visibility(batch, seqlen_q, seqlen_k, keys_used, causal, window)
 
 
-def _cached(query: Tensor, states: CachedStates, visibility: Visibility, options: dict[str, Any]) -> Tensor:
+def _cached(
+    query: Tensor,
+    states: CachedStates,
+    visibility: Visibility,
+    alibi_slopes: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
     """Attention over the stored keys and values themselves."""
     cache = states.layer.cache
     cache.first_key = visibility.key_begin
     scored = {name: value for name, value in options.items() if name != "dropout_p"}
-    return cached_attention(query, cache, **scored).transpose(1, 2).contiguous()
+    return cached_attention(query, cache, alibi_slopes=alibi_slopes, **scored).transpose(1, 2).contiguous()
 
 
 def _packed(

@@ -7,15 +7,19 @@ name is rebound to a subclass that acts only on models loaded with onepass.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 from transformers.models.gptj import modeling_gptj
 from transformers.models.mpt import modeling_mpt
 
+from onepass.functional import alibi_slopes
 from onepass.huggingface.attention import onepass_attention
+from onepass.huggingface.cache import CachedStates
 
 _names: set[str] = set()
 
@@ -27,6 +31,11 @@ def register_models(name: str) -> None:
     modeling_falcon.FALCON_ATTENTION_CLASSES[name] = OnepassFalconAttention
     modeling_bloom.BloomAttention = OnepassBloomAttention
     modeling_mpt.MptAttention = OnepassMptAttention
+
+
+@functools.lru_cache
+def _slopes(num_heads: int, device: torch.device) -> Tensor:
+    return alibi_slopes(num_heads, device=device)
 
 
 class OnepassGPTJAttention(modeling_gptj.GPTJAttention):
@@ -99,6 +108,8 @@ class OnepassBloomAttention(modeling_bloom.BloomAttention):
             dropout=self.attention_dropout.p if self.training else 0.0,
             scaling=self.inv_norm_factor,
             position_bias=alibi.view(-1, self.num_heads, 1, alibi.shape[-1]),
+            # BLOOM counts keys from the first visible one: the same slopes, another constant in each row.
+            alibi_slopes=_slopes(self.num_heads, query.device) if isinstance(key, CachedStates) else None,
         )
         out = self.dense(out.flatten(2))
         return modeling_bloom.dropout_add(out, residual, self.hidden_dropout, self.training), None
