@@ -3,7 +3,7 @@
 Batch: everything that has a batch dimension is sharded on it; gradients of what has none are partial sums.
 Heads (tensor parallel): queries and key/value heads are split alike, so a group never crosses ranks; a single key/value
 head (MQA) is replicated instead, and its gradients are partial sums.
-With dropout only replication fits: the mask is keyed by batch and head index, which each rank would count from 0.
+With dropout only replication would fit: the mask is keyed by batch and head index, which each rank would count from 0.
 """
 
 from __future__ import annotations
