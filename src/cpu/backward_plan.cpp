@@ -13,20 +13,25 @@ constexpr std::int64_t kTasksPerWorker = 4;
 // Chunks that keep packing and the clearing of sums below a few percent.
 constexpr std::int64_t kMinChunk = 256;
 
-// Axes along which cells of grids add to one element of dbias. Cells are in sequence along one axis at a time, so with
-// two or more only whole units, one after the other, keep the order of the addends.
+// Axes along which tasks add to one element of dbias. Cells of grids are in sequence along one axis at a time, so with
+// two or more only whole units, one after the other, keep the order of the addends; but when the axes are units and the
+// heads of a group, a cell may hold all those heads.
 struct BiasSharing {
-  bool units, rows, columns;
+  bool units, heads, queries, keys;
+  std::int64_t chains;  // of units that share nothing with each other
 
   explicit BiasSharing(const BackwardProblem& problem) {
     const Problem& f = problem.forward;
     const BiasOperand& b = problem.dbias;
     const bool given = static_cast<bool>(b), all_heads = given && b.head_stride == 0 && f.num_heads > 1;
     units = given && ((b.batch_stride == 0 && f.batch > 1) || (all_heads && f.num_heads_kv > 1));
-    rows = given && ((b.query_stride == 0 && f.seqlen_q > 1) || (all_heads && f.group_size() > 1));
-    columns = given && b.key_stride == 0 && f.seqlen_k > 1;
+    heads = all_heads && f.group_size() > 1;
+    queries = given && b.query_stride == 0 && f.seqlen_q > 1;
+    keys = given && b.key_stride == 0 && f.seqlen_k > 1;
+    chains = (given && b.batch_stride == 0 ? 1 : f.batch) * (all_heads ? 1 : f.num_heads_kv);
   }
-  bool can_split() const { return units + rows + columns <= 1; }
+  bool can_split() const { return units + (heads || queries) + keys <= 1; }
+  bool can_split_with_all_heads() const { return units && heads && !queries && !keys; }
 };
 
 double flops(const Problem& problem, const BackwardUnit& unit) {
@@ -62,16 +67,22 @@ BackwardPlan::BackwardPlan(const BackwardProblem& problem, std::int64_t parts, i
 
 void BackwardPlan::choose_split(int concurrency) {
   const Problem& f = problem_.forward;
-  const auto units = static_cast<std::int64_t>(units_.size());
   const BiasSharing sharing(problem_);
-  const bool balanced = !f.ragged() && units % concurrency == 0 && !sharing.units;
-  const bool enough = units >= kTasksPerWorker * concurrency && !sharing.units;
-  // Both parts add to dbias, in an order that a cut would change.
-  const bool parts_share = parts_ > 1 && problem_.dbias;
+  if (sharing.can_split_with_all_heads()) {  // chunks of a fixed size: they decide the order of addends to dK and dV
+    split_ = all_heads_ = true;
+    workers_ = concurrency;
+    query_chunk_ = key_chunk_ = kMinChunk;
+    return place_sums();
+  }
+  const std::int64_t chains = std::max<std::int64_t>(1, sharing.chains);
+  const bool balanced = !f.ragged() && chains % concurrency == 0;
+  const bool enough = chains >= kTasksPerWorker * concurrency;
+  // An element of dbias that many pairs share gets addends from both parts, in an order that a cut would change.
+  const bool parts_share = parts_ > 1 && (sharing.queries || sharing.keys);
   split_ = concurrency > 1 && !balanced && !enough && sharing.can_split() && !parts_share;
-  workers_ = split_ ? concurrency : std::min<std::int64_t>(units, concurrency);
+  workers_ = split_ ? concurrency : std::min<std::int64_t>(chains, concurrency);
   if (!split_) return;
-  const std::int64_t wanted = (kTasksPerWorker * concurrency + units - 1) / units;  // cells of an anti-diagonal
+  const std::int64_t wanted = (kTasksPerWorker * concurrency + chains - 1) / chains;  // cells of an anti-diagonal
   const std::int64_t chunks = (wanted + f.group_size() - 1) / f.group_size();
   query_chunk_ = std::max(kMinChunk, round_up((f.seqlen_q + chunks - 1) / chunks, kPanel));
   key_chunk_ = std::max(kMinChunk, round_up((f.seqlen_k + wanted - 1) / wanted, kBlock));
@@ -109,7 +120,7 @@ std::vector<Grid> BackwardPlan::grids() const {
   std::vector<std::int64_t> last(BiasSharing(problem_).units ? f.batch * f.num_heads_kv : 0, -1);
   for (const BackwardUnit& unit : units_) {
     Grid grid;
-    if (split_) grid = {.rows = f.group_size() * query_chunks(unit), .columns = key_chunks(unit)};
+    if (split_) grid = {.rows = heads_of_grid() * query_chunks(unit), .columns = key_chunks(unit)};
     if (!last.empty()) {
       const std::int64_t batch = dbias.batch_stride == 0 ? 0 : unit.batch;
       std::int64_t& predecessor = last[batch * f.num_heads_kv + (dbias.head_stride == 0 ? 0 : unit.head_kv)];
@@ -144,11 +155,11 @@ BackwardTask BackwardPlan::head_task(const BackwardUnit& unit, std::int64_t head
           .dv = own + parts_ * dk_floats};
 }
 
-BackwardTask BackwardPlan::cell_task(const BackwardUnit& unit, const Cell& cell, std::int64_t part,
-                                     float* shared) const {
+BackwardTask BackwardPlan::cell_task(const BackwardUnit& unit, const Cell& cell, std::int64_t head_in_cell,
+                                     std::int64_t part, float* shared) const {
   const Problem& f = problem_.forward;
   const std::int64_t rows = query_chunks(unit), columns = key_chunks(unit);
-  const std::int64_t head_in_group = cell.row / rows, chunk = cell.row % rows;
+  const std::int64_t head_in_group = all_heads_ ? head_in_cell : cell.row / rows, chunk = cell.row % rows;
   const std::int64_t seqlen_q = unit.sequence.seqlen_q, seqlen_k = unit.sequence.seqlen_k;
   return {.batch = unit.batch,
           .head = unit.head_kv * f.group_size() + head_in_group,
@@ -157,8 +168,8 @@ BackwardTask BackwardPlan::cell_task(const BackwardUnit& unit, const Cell& cell,
           .query_end = std::min(seqlen_q, (chunk + 1) * query_chunk_),
           .key_begin = cell.column * key_chunk_,
           .key_end = std::min(seqlen_k, (cell.column + 1) * key_chunk_),
-          .first_queries = cell.row == 0,
-          .last_queries = cell.row == f.group_size() * rows - 1,
+          .first_queries = cell.row == 0 && head_in_cell == 0,
+          .last_queries = cell.row == heads_of_grid() * rows - 1 && head_in_cell == heads_of_cell() - 1,
           .first_keys = cell.column == 0,
           .last_keys = cell.column == columns - 1,
           .part = part,

@@ -38,27 +38,30 @@ class BackwardPlan {
   template <class Run>
   void for_each_task(const Cell& cell, float* shared, float* own, const Run& run) const {
     const BackwardUnit& unit = units_[cell.grid];
-    const std::int64_t heads = split_ ? 1 : problem_.forward.group_size();
-    for (std::int64_t i = 0; i < heads; ++i) {
+    for (std::int64_t i = 0; i < heads_of_cell(); ++i) {
       for (std::int64_t part = 0; part < parts_; ++part) {
-        run(split_ ? cell_task(unit, cell, part, shared) : head_task(unit, i, part, own));
+        run(split_ ? cell_task(unit, cell, i, part, shared) : head_task(unit, i, part, own));
       }
     }
   }
 
  private:
+  // Heads of a group that one cell takes one after the other, and that the rows of a grid are for.
+  std::int64_t heads_of_cell() const { return split_ && !all_heads_ ? 1 : problem_.forward.group_size(); }
+  std::int64_t heads_of_grid() const { return all_heads_ ? 1 : problem_.forward.group_size(); }
   std::int64_t query_chunks(const BackwardUnit& unit) const;
   std::int64_t key_chunks(const BackwardUnit& unit) const;
   void choose_split(int concurrency);
   void place_sums();
   BackwardTask head_task(const BackwardUnit& unit, std::int64_t head_in_group, std::int64_t part, float* own) const;
-  BackwardTask cell_task(const BackwardUnit& unit, const Cell& cell, std::int64_t part, float* shared) const;
+  BackwardTask cell_task(const BackwardUnit& unit, const Cell& cell, std::int64_t head_in_cell, std::int64_t part,
+                         float* shared) const;
 
   const BackwardProblem& problem_;
   std::int64_t parts_;
   std::vector<BackwardUnit> units_;
   std::int64_t workers_ = 1;
-  bool split_ = false;
+  bool split_ = false, all_heads_ = false;
   std::int64_t query_chunk_ = 0, key_chunk_ = 0;
   std::int64_t shared_floats_ = 0;
 };

@@ -139,7 +139,13 @@ TEST_P(Execution, ResultsDoNotDependOnTheExecutor) {
   if (GetParam().device().type != DeviceType::kCpu) GTEST_SKIP() << "no threads on the host";
   Case piecewise = kBusy, split{.batch = 1, .num_heads = 2, .seqlen_q = 600, .seqlen_k = 600, .dist_threshold = 200};
   piecewise.dist_threshold = 60;
-  for (const Case& definition : {kBusy, piecewise, split}) {
+  // One dbias for all heads and sequences: with groups of one, with groups, and with a row for all queries.
+  const Case shared{.num_heads = 2, .seqlen_q = 530, .seqlen_k = 600, .head_dim = 16, .causal = true, .bias = "qk"};
+  Case grouped = shared, row = shared, of_piecewise = shared;
+  grouped.num_heads = 4;
+  row.bias = "k";
+  of_piecewise.dist_threshold = 90;
+  for (const Case& definition : {kBusy, piecewise, split, shared, grouped, row, of_piecewise}) {
     if (!has_forward(GetParam(), definition) || !has_backward(GetParam(), definition)) continue;
     const Instance made = instance(definition);
     Call call(made, dtype());

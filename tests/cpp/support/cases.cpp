@@ -44,6 +44,7 @@ const std::vector<Case>& feature_cases() {
       {.name = "bias_of_keys", .bias = "bk"},
       {.name = "bias_of_queries", .bias = "hq"},
       {.name = "bias_scalar", .bias = "1"},
+      {.name = "bias_shared_by_all", .seqlen_q = 300, .seqlen_k = 520, .head_dim = 16, .causal = true, .bias = "qk"},
       {.name = "bias_float32", .bias = "hqk", .float32_extras = true},
       {.name = "bias_causal_softcap", .causal = true, .softcap = 10.0, .bias = "qk"},
       {.name = "sinks", .sinks = true},
