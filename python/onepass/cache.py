@@ -304,6 +304,8 @@ class KVCache:
             new = counts.to("cpu", torch.int64)
         else:
             new = torch.full((self.batch,), k.shape[2] if k.dim() == 4 else 0, dtype=torch.int64)
+        on_device = self._host_table is not self.page_table
+        before = self._host_table.clone() if on_device and self._host_table is not None else None
         sources, targets = call(ops.page_pool_reserve, *self._pool(), new)
         if sources.numel():
             sources, targets = sources.to(self.k.device), targets.to(self.k.device)
@@ -311,10 +313,9 @@ class KVCache:
                 if tensor is not None and tensor.shape[0] == self.k.shape[0]:
                     raw = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
                     raw[targets] = raw[sources]
-        if self._host_table is not self.page_table:
+        if before is not None and self._host_table is not None and not torch.equal(before, self._host_table):
             assert self.page_table is not None
-            assert self._host_table is not None
-            self.page_table.copy_(self._host_table)
+            self.page_table.copy_(self._host_table)  # most steps begin no page, and a copy waits for the device
         return new
 
     def _advance(self, new: Tensor | None) -> None:
