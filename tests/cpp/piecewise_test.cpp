@@ -1,5 +1,6 @@
 // What sets piecewise attention apart: either pair counts only where the distance says so.
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #include "support/target_test.h"
@@ -64,6 +65,27 @@ TEST_P(Piecewise, UnusedQueriesDoNotLeak) {
     }
   }
   expect_identical(run_here(poisoned), run_here(zeroed));
+}
+
+// A threshold that nothing reaches, or that everything does: plain attention with one pair, and no gradient of the
+// other.
+TEST_P(Piecewise, OnePairAloneIsPlainAttention) {
+  for (const bool far : {false, true}) {
+    const Instance split = instance({.seqlen_q = 130, .causal = true, .dist_threshold = far ? INT64_MIN : INT64_MAX});
+    Instance plain = split;
+    plain.c.dist_threshold.reset();
+    if (far) plain.q = split.q2, plain.k = split.k2;
+    const Results got = run_here(split), want = run_here(plain);
+    const bool same_kernels = GetParam().device().type == DeviceType::kCpu;
+    const double tolerance = same_kernels ? 0.0 : GetParam().dtype == DType::kFloat32 ? 2e-5 : 4 * epsilon_of(dtype());
+    EXPECT_TRUE(close(got.out, want.out, tolerance));
+    EXPECT_TRUE(close(got.lse, want.lse, same_kernels ? 0.0 : 1e-5));
+    EXPECT_TRUE(close(far ? got.dq2 : got.dq, want.dq, 4 * tolerance));
+    EXPECT_TRUE(close(far ? got.dk2 : got.dk, want.dk, 8 * tolerance));
+    EXPECT_TRUE(close(got.dv, want.dv, 8 * tolerance));
+    EXPECT_TRUE(identical(far ? got.dq : got.dq2, Values(got.dq.size(), 0.0)));
+    EXPECT_TRUE(identical(far ? got.dk : got.dk2, Values(got.dk.size(), 0.0)));
+  }
 }
 
 TEST_P(Piecewise, EqualPairsArePlainAttention) {
