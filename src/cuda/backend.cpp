@@ -16,6 +16,10 @@ const Backend kCudaBackend{
     .backward = cuda::backward,
     .supports_total_attention = cuda::supports_total_attention,
     .total_attention = cuda::total_attention,
+    .supports_piecewise = cuda::supports_piecewise,
+    .piecewise = cuda::piecewise,
+    .supports_piecewise_backward = cuda::supports_piecewise_backward,
+    .piecewise_backward = cuda::piecewise_backward,
     .supports_merge = cuda::supports_merge,
     .merge = cuda::merge,
 };

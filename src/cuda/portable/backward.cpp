@@ -5,6 +5,7 @@
 #include <numbers>
 
 #include "core/parallel.h"
+#include "core/piecewise.h"
 #include "cuda/portable/choose.h"
 #include "cuda/portable/operations.h"
 #include "cuda/portable/ragged.h"
@@ -43,15 +44,25 @@ class BackwardCall {
            forward_.batch * forward_.num_heads;
   }
 
-  void run() {
+  // Device memory of a call. Its size does not depend on the mask, so that one serves both parts of piecewise
+  // attention.
+  struct Memory {
+    Workspace statistics, natural, dq_sums;
+  };
+  Memory memory() const {
+    const auto allocate = [&](std::int64_t bytes) { return Workspace(context_, forward_.device, bytes); };
     const std::int64_t rows = forward_.num_heads * padded_rows();
-    const Workspace statistics(context_, forward_.device, rows * sizeof(RowStatistics));
-    const Workspace natural(context_, forward_.device, rows / statistics_rows() * sizeof(std::int32_t));
-    const Workspace dq_sums(context_, forward_.device, sums_by_atomics() ? rows * head_dim_ * sizeof(float) : 0);
+    return {allocate(rows * sizeof(RowStatistics)), allocate(rows / statistics_rows() * sizeof(std::int32_t)),
+            allocate(sums_by_atomics() ? rows * head_dim_ * sizeof(float) : 0)};
+  }
+
+  // add: dv and dbias are added to.
+  void run(const Memory& memory, bool add) {
     arguments_ = common_arguments();
-    arguments_.statistics = statistics.as<RowStatistics>();
-    arguments_.natural = natural.as<std::int32_t>();
-    arguments_.dq_sums = dq_sums.as<float>();
+    arguments_.statistics = memory.statistics.as<RowStatistics>();
+    arguments_.natural = memory.natural.as<std::int32_t>();
+    arguments_.dq_sums = memory.dq_sums.as<float>();
+    arguments_.add = add;
     row_statistics();
     key_gradients();
     sums_by_atomics() ? convert_query_gradient() : query_gradient();
@@ -165,7 +176,27 @@ Unsupported supports_backward(const BackwardProblem& problem) {
 
 void backward(const BackwardProblem& problem, const ExecutionContext& context) {
   const DeviceGuard guard(problem.forward.device.index);
-  BackwardCall(problem, context).run();
+  BackwardCall call(problem, context);
+  call.run(call.memory(), false);
+}
+
+Unsupported supports_piecewise_backward(const PiecewiseBackwardProblem& problem) {
+  return supports_backward(problem.near);
+}
+
+void piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context) {
+  const DeviceGuard guard(problem.near.forward.device.index);
+  const PiecewiseProblem forward{problem.near.forward, problem.far};
+  BackwardProblem near = problem.near, far = problem.near;
+  near.forward = near_part(forward);
+  near.dsinks = nullptr;  // of all keys: once
+  far.forward = far_part(forward);
+  far.dq = problem.dq_far;
+  far.dk = problem.dk_far;
+  BackwardCall near_call(near, context), far_call(far, context);
+  const BackwardCall::Memory memory = near_call.memory();
+  near_call.run(memory, false);
+  far_call.run(memory, true);
 }
 
 }  // namespace onepass::cuda

@@ -82,6 +82,7 @@ struct BackwardArguments {
   std::int32_t* natural;      // (num_heads, padded_rows / kStatisticsRows): whether a block's LSEs are in natural units
   float* dq_sums;             // (num_heads, padded_rows, kHeadDim) in fragment order; null: dQ is computed elsewhere
   std::int64_t padded_rows;   // of all sequences
+  bool add;                   // dV and dbias are added to what stands there: gradients of other keys' logits
 };
 
 struct BackwardKernel {

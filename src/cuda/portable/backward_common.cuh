@@ -90,6 +90,16 @@ ONEPASS_DEVICE void zero_hidden(float (&s)[R][C][4], float (&dp)[R][C][4], const
   });
 }
 
+// d += the rows [first, first + count) as they stand in global memory.
+template <class T, int R, int C>
+ONEPASS_DEVICE void add_stored(float (&d)[R][C][4], const GlobalRows<T>& rows, int first, int count) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  for_each_element(d, [&](float& x, int r, int c, int e) {
+    const int row = 16 * r + 8 * (e / 2) + g, column = 8 * c + 2 * t + e % 2;
+    if (row < count && column < rows.columns) x += to_float(rows.data[(first + row) * rows.stride + column]);
+  });
+}
+
 // Writes a warp's rows of an accumulator, times `factor`, into a tile of shared memory.
 template <class T, class Tile, int R, int C>
 ONEPASS_DEVICE void store_accumulator(unsigned char* tile, int warp_row, const float (&d)[R][C][4], float factor) {

@@ -232,9 +232,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int live_rows = min(16 * R, live_keys - warp_row);
   if constexpr (Config::kHoldsValue) {
     constexpr int kOffset = Config::kHoldsKey ? Config::kValueOffset : 0;
+    const auto rows = global_rows<T>(backward.dv, batch, head_kv, sequence.key_start, head_dim_v, vectorized.dv);
+    if (arguments.add) add_stored(dv, rows, first_key + warp_row, live_rows);
     store_accumulator<T, KeyTile>(shared + kOffset, warp_row, dv, 1.0f);
     __syncwarp();
-    const auto rows = global_rows<T>(backward.dv, batch, head_kv, sequence.key_start, head_dim_v, vectorized.dv);
     store_tile<KeyTile, 32>(base + kOffset + warp_row * KeyTile::kRowBytes, rows, first_key + warp_row, live_rows,
                             lane_id());
   }

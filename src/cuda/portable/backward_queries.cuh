@@ -260,8 +260,8 @@ __global__ void __launch_bounds__(Config::kThreads)
         total += *reinterpret_cast<const float*>(shared + Tile::offset(y, 0) + 4 * x);
       }
     }
-    plane[(first_query + row) * dbias.query_stride + (first_key + column) * dbias.key_stride] =
-        static_cast<float>(total);
+    float& stored = plane[(first_query + row) * dbias.query_stride + (first_key + column) * dbias.key_stride];
+    stored = static_cast<float>(arguments.add ? stored + total : total);
   }
 }
 

@@ -54,6 +54,14 @@ struct OnlineSoftmax {
   }
   // What is subtracted from a row's logits: its maximum, or 0 while every logit was −inf.
   ONEPASS_DEVICE float base(int i) const { return largest[i] == -kInfinity ? 0.0f : largest[i]; }
+
+  // To be called when a maximum has changed.
+  ONEPASS_DEVICE void compare_with_limit(float scale) {
+    bool beyond = false;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) beyond |= fabsf(base(i) * scale) >= kFusedLimit;
+    beyond_fused = __any_sync(~0u, beyond);
+  }
 };
 
 // Replaces scores by weights 2^(scale·(s − max)). The accumulator, `sums` included, is rescaled only when a maximum of
@@ -88,10 +96,7 @@ ONEPASS_DEVICE void softmax_step(float (&s)[R][C][4], float (&o)[R][CO][4], floa
         o[i / 2][c][2 * (i % 2) + 1] *= factor;
       }
     }
-    bool beyond = false;
-#pragma unroll
-    for (int i = 0; i < 2 * R; ++i) beyond |= fabsf(state.base(i) * scale) >= kFusedLimit;
-    state.beyond_fused = __any_sync(~0u, beyond);
+    state.compare_with_limit(scale);
   }
   if (state.beyond_fused) for_each_element(s, [&](float& x, int r, int, int e) { x -= state.base(2 * r + e / 2); });
 #pragma unroll
@@ -146,6 +151,38 @@ ONEPASS_DEVICE void finish_rows(const ForwardArguments& arguments, float (&o)[R]
       store_lse(arguments.problem, batch, head, sequence.query_start + row, end.lse);
     }
   }
+}
+
+// Takes up where the attention over other keys has ended: its rows lie in a tile, and its log-sum-exp is the maximum of
+// a sum of 1.
+template <class Config, int R, int CO>
+ONEPASS_DEVICE void resume_rows(const ForwardArguments& arguments, float (&o)[R][CO][4], float (&sums)[R][4],
+                                OnlineSoftmax<2 * R>& state, float survivor_scale, const unsigned char* tile,
+                                int warp_row, int batch, int head, const DeviceSequence& sequence, int first_row) {
+  using T = typename Config::T;
+  using Tile = typename Config::QueryTile;
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  const Problem& problem = arguments.problem;
+  const float unit = Config::kTerms ? 1.0f : problem.softmax_scale, factor = 1.0f / survivor_scale;
+  const float* const lse = static_cast<const float*>(problem.lse.data) + batch * problem.lse.batch_stride +
+                           head * problem.lse.head_stride + sequence.query_start * problem.lse.token_stride;
+#pragma unroll
+  for (int i = 0; i < 2 * R; ++i) {
+    const int query = first_row + 8 * i;
+    const float of_row = query < sequence.seqlen_q ? lse[query * problem.lse.token_stride] : -kInfinity;
+    if (of_row == -kInfinity) continue;
+    state.largest[i] = of_row / unit;
+    state.sum[i] = t == 0 ? 1.0f : 0.0f;
+    sums[i / 2][2 * (i % 2)] = sums[i / 2][2 * (i % 2) + 1] = 1.0f;
+#pragma unroll
+    for (int c = 0; c < CO; ++c) {
+      const unsigned char* const row = tile + Tile::offset(warp_row + 8 * i + g, Config::kFloat ? 2 * c + t / 2 : c);
+      const T* const pair = reinterpret_cast<const T*>(row + (Config::kFloat ? 8 * (t % 2) : 4 * t));
+      o[i / 2][c][2 * (i % 2)] = to_float(pair[0]) * factor;
+      o[i / 2][c][2 * (i % 2) + 1] = to_float(pair[1]) * factor;
+    }
+  }
+  state.compare_with_limit(arguments.scale_log2);
 }
 
 // Puts a warp's output rows where its query rows were.
@@ -229,6 +266,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Shape::kBlocksPerMul
   float sums[R][4] = {};
   const bool exact_sums = !Config::kProductSums || problem.lse.data != nullptr || (Config::kTerms && dropout.active);
   bool repaired = false;  // some block's values were made finite
+  if (arguments.resume) {
+    const auto before =
+        global_rows<const T>(problem.out, batch, head, sequence.query_start, head_dim_v, vectorized.out);
+    load_tile<typename Config::QueryTile, Config::kQueries, Config::kThreads>(query_address, before, first_query, 0,
+                                                                              sequence.seqlen_q);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    resume_rows<Config>(arguments, o, sums, state, Config::kTerms ? dropout.survivor_scale : 1.0f, query_tile, warp_row,
+                        batch, head, sequence, first_row);
+    __syncthreads();  // the queries take the tile
+  }
   [[maybe_unused]] std::uint32_t query_fragments[Config::kQueriesInRegisters ? Config::kHeadDim / 16 : 1][R][4];
 
   const int first_block = keys.any.begin / Config::kKeys;

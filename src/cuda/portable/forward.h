@@ -35,6 +35,7 @@ struct ForwardArguments {
   bool last_rows_first;
   VectorizedForward vectorized;
   float scale_log2;  // of the scores that the softmax sees: log2(e), times softmax_scale where no term intervenes
+  bool resume;       // out and lse hold the attention over other keys, which this call continues
 };
 
 struct ForwardKernel {

@@ -14,6 +14,12 @@ void backward(const BackwardProblem& problem, const ExecutionContext& context);
 Unsupported supports_total_attention(const Problem& problem);
 void total_attention(const Problem& problem, const ExecutionContext& context);
 
+Unsupported supports_piecewise(const PiecewiseProblem& problem);
+void piecewise(const PiecewiseProblem& problem, const ExecutionContext& context);
+
+Unsupported supports_piecewise_backward(const PiecewiseBackwardProblem& problem);
+void piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context);
+
 Unsupported supports_merge(const MergeProblem& problem);
 void merge(const MergeProblem& problem, const ExecutionContext& context);
 

@@ -6,12 +6,13 @@
 
 namespace onepass::cuda {
 
-void sum_columns(const Problem& problem, const ExecutionContext& context) {
+void sum_columns(const Problem& problem, const ExecutionContext& context, bool add) {
   const TotalAttentionKernel kernel = with_head_dim(padded_head_dim(problem), [&](auto head_dim) {
     return total_attention_kernel_for<head_dim.value>(problem.dtype);
   });
   TotalAttentionArguments arguments;
   arguments.problem = problem;
+  arguments.add = add;
   arguments.group_size = static_cast<int>(problem.group_size());
   arguments.key_tiles = static_cast<int>(ceil_div(problem.seqlen_k, kernel.keys));
   arguments.vectorized_q =

@@ -81,8 +81,9 @@ __global__ void __launch_bounds__(32 * TotalAttentionTile<std::is_same_v<T, floa
     const float sum = quad_sum(sums[i]);
     if (t == 0 && key + 8 * i < sequence.seqlen_k) {
       const RowVector& total = problem.total_attention;
-      static_cast<float*>(total.data)[batch * total.batch_stride + head * total.head_stride +
-                                      (sequence.key_start + key + 8 * i) * total.token_stride] = sum;
+      float& stored = static_cast<float*>(total.data)[batch * total.batch_stride + head * total.head_stride +
+                                                      (sequence.key_start + key + 8 * i) * total.token_stride];
+      stored = arguments.add ? stored + sum : sum;
     }
   }
 }

@@ -23,6 +23,7 @@ struct TotalAttentionArguments {
   int group_size;
   int key_tiles;
   bool vectorized_q, vectorized_k;
+  bool add;  // to what stands in total_attention
 };
 
 struct TotalAttentionKernel {
@@ -34,7 +35,8 @@ struct TotalAttentionKernel {
 template <int kHeadDim>
 TotalAttentionKernel total_attention_kernel_for(DType dtype);
 
-// Writes problem.total_attention; reads problem.lse, which the forward pass has written on the same stream.
-void sum_columns(const Problem& problem, const ExecutionContext& context);
+// Writes problem.total_attention, or adds to it; reads problem.lse, which the forward pass has written on the same
+// stream.
+void sum_columns(const Problem& problem, const ExecutionContext& context, bool add = false);
 
 }  // namespace onepass::cuda
