@@ -130,6 +130,7 @@ TEST_P(Edge, PoisonBeyondTheKeyBoundsIsNeverSeen) {  // 11
 TEST_P(Edge, PoisonInMaskedKeysReachesOnlyTheRowsThatSeeIt) {  // 12, 13
   for (const Case& definition : {Case{.seqlen_q = 90, .causal = true}, Case{.left = 10, .right = 4},
                                  Case{.seqlen_q = 130, .seqlen_k = 130, .head_dim = 40, .causal = true, .left = 33},
+                                 Case{.seqlen_q = 150, .seqlen_k = 150, .head_dim = 128, .causal = true},
                                  Case{.seqlen_q = 90, .causal = true, .softcap = 5.0}}) {
     const Instance clean = instance(definition);
     expect_poison_contained(clean, clean, {50, 69}, kNaN, context());

@@ -17,6 +17,8 @@ namespace {
 // Host-side choices of one call.
 class BackwardCall {
   static constexpr int kLargestBoth = 128;  // head dim up to which one pass holds dK and dV
+  static constexpr int kStaticBytes =
+      128;  // of shared memory, that the wide kernel has beyond what it is launched with
 
   template <class F>
   auto with_kernels(F&& f) const {
@@ -26,10 +28,9 @@ class BackwardCall {
  public:
   BackwardCall(const BackwardProblem& problem, const ExecutionContext& context)
       : problem_(problem), forward_(problem.forward), context_(context), head_dim_(padded_head_dim(forward_)) {
-    wide_ = with_kernels([&](auto kernels) {
-      const BackwardKernel wide = kernels.key_pass(forward_.dtype, has_terms(forward_), Pass::kBoth, true);
-      return head_dim_ <= kLargestBoth && wide.shared_bytes <= device_info(forward_.device.index).shared_memory;
-    });
+    const BackwardKernel wide = with_kernels([&](auto kernels) { return kernels.wide_key_pass(forward_.dtype); });
+    wide_ = wide.kernel != nullptr && forward_.dtype != DType::kFloat32 && !has_terms(forward_) &&
+            wide.shared_bytes + kStaticBytes <= device_info(forward_.device.index).shared_memory;
   }
 
   std::int64_t padded_rows() const {
@@ -122,8 +123,10 @@ class BackwardCall {
 
   void key_gradients() {
     const auto pass = [&](Pass which) {
-      const BackwardKernel kernel = with_kernels(
-          [&](auto kernels) { return kernels.key_pass(forward_.dtype, has_terms(forward_), which, wide_); });
+      const BackwardKernel kernel = with_kernels([&](auto kernels) {
+        return wide_ ? kernels.wide_key_pass(forward_.dtype)
+                     : kernels.key_pass(forward_.dtype, has_terms(forward_), which);
+      });
       start_tiles(kernel, forward_.seqlen_k, forward_.num_heads_kv, 1);
     };
     if (head_dim_ <= kLargestBoth) return pass(Pass::kBoth);

@@ -3,8 +3,9 @@
 // The pass is: statistics (delta = rowsum(dO∘O), LSE in log2 units), then one kernel in which keys stay and queries
 // stream past: Sᵀ = K·Qᵀ and dPᵀ = V·dOᵀ are computed transposed, so that Pᵀ and dSᵀ are already the A operands of
 // dV += Pᵀ·dO and dK += dSᵀ·Q; only dS passes through shared memory, for dQ += dS·K, which is summed over key tiles in
-// float32 in global memory and converted at the end. With `deterministic`, and for float32 operands, dQ comes from a
-// kernel of its own in which queries stay. The gradient of a bias has its own kernel too.
+// float32 in global memory and converted at the end. At head_dim 128 a wider tile, whose P passes through shared memory
+// too, reads a quarter less of it; it needs a device with 161 KB for a block. With `deterministic`, and for float32
+// operands, dQ comes from a kernel of its own in which queries stay. The gradient of a bias has its own kernel too.
 #pragma once
 
 #include "core/problem.h"
@@ -17,8 +18,7 @@ enum class Pass { kBoth, kValue, kKey };
 // Rows of statistics and of the dQ sums are padded to this for every sequence, so that no tile crosses two.
 inline constexpr int kPadding = 64;
 
-// kWide needs more than the 99 KB of sm_86 and sm_89.
-template <bool kFloat, int kHeadDim, bool kTerms, Pass kPass, bool kWide>
+template <bool kFloat, int kHeadDim, bool kTerms, Pass kPass>
 struct KeyTileShape {
   static constexpr int kWarps = kFloat                     ? (kHeadDim <= 128 || kPass == Pass::kValue ? 2 : 1)
                                 : kHeadDim <= 64 && kTerms ? 8
@@ -26,11 +26,9 @@ struct KeyTileShape {
   // m16 tiles of a warp: a query fragment feeds as many products. Two where dK and dV leave the registers for it.
   static constexpr int kRowTiles = !kFloat && kHeadDim <= 64 && !kTerms ? 2 : 1;
   static constexpr int kKeys = 16 * kRowTiles * kWarps;
-  static constexpr int kQueries = kFloat || kHeadDim > 128 ? 16 : kHeadDim > 64 && kWide && !kTerms ? 64 : 32;
+  static constexpr int kQueries = kFloat || kHeadDim > 128 ? 16 : 32;
   // Warps that divide the rows of dQ; the others divide its columns.
-  static constexpr int kQueryWarps = kQueries == 64 && kHeadDim > 64 ? 2
-                                     : kQueries / 16 < kWarps        ? kQueries / 16
-                                                                     : kWarps;
+  static constexpr int kQueryWarps = kQueries / 16 < kWarps ? kQueries / 16 : kWarps;
 
   static constexpr bool kHoldsKey = kPass != Pass::kValue, kHoldsValue = kPass != Pass::kKey;
   static constexpr int kRowBytes = kFloat ? (kHeadDim + 4) * 4 : kHeadDim * 2;
@@ -96,13 +94,14 @@ struct BackwardKernel {
 // The kernels for operands padded to kHeadDim; instantiated in backward_<dim>.cu.
 template <int kHeadDim>
 struct BackwardKernels {
-  // `wide` where the device has the shared memory.
-  static BackwardKernel key_pass(DType dtype, bool terms, Pass pass, bool wide);
+  static BackwardKernel key_pass(DType dtype, bool terms, Pass pass);
+  // Both accumulators, plain logits, 16-bit operands; no kernel where the head dim has none.
+  static BackwardKernel wide_key_pass(DType dtype);
   static BackwardKernel query_pass(DType dtype);
   static BackwardKernel bias_gradient(DType dtype);
   static int bias_keys(DType dtype);  // keys of a tile of bias_gradient
   static BackwardKernel row_statistics(DType dtype);
-  static BackwardKernel convert_dq(DType dtype, bool terms, bool wide);  // 16-bit operands
+  static BackwardKernel convert_dq(DType dtype, bool terms, bool wide);  // 16-bit operands, after either pass
 };
 
 }  // namespace onepass::cuda

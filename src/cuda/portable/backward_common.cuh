@@ -90,19 +90,20 @@ ONEPASS_DEVICE void zero_hidden(float (&s)[R][C][4], float (&dp)[R][C][4], const
   });
 }
 
-// d += the rows [first, first + count) as they stand in global memory.
+// d += the rows [first, first + count) as they stand in global memory, from column `column0` on.
 template <class T, int R, int C>
-ONEPASS_DEVICE void add_stored(float (&d)[R][C][4], const GlobalRows<T>& rows, int first, int count) {
+ONEPASS_DEVICE void add_stored(float (&d)[R][C][4], const GlobalRows<T>& rows, int first, int count, int column0 = 0) {
   const int g = lane_id() / 4, t = lane_id() % 4;
   for_each_element(d, [&](float& x, int r, int c, int e) {
-    const int row = 16 * r + 8 * (e / 2) + g, column = 8 * c + 2 * t + e % 2;
+    const int row = 16 * r + 8 * (e / 2) + g, column = column0 + 8 * c + 2 * t + e % 2;
     if (row < count && column < rows.columns) x += to_float(rows.data[(first + row) * rows.stride + column]);
   });
 }
 
-// Writes a warp's rows of an accumulator, times `factor`, into a tile of shared memory.
+// Writes a warp's rows of an accumulator, times `factor`, into a tile of shared memory, from column `column0` on.
 template <class T, class Tile, int R, int C>
-ONEPASS_DEVICE void store_accumulator(unsigned char* tile, int warp_row, const float (&d)[R][C][4], float factor) {
+ONEPASS_DEVICE void store_accumulator(unsigned char* tile, int warp_row, const float (&d)[R][C][4], float factor,
+                                      int column0 = 0) {
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int r = 0; r < R; ++r)
@@ -113,9 +114,9 @@ ONEPASS_DEVICE void store_accumulator(unsigned char* tile, int warp_row, const f
         const int row = warp_row + 16 * r + 8 * half + g;
         const float x = d[r][c][2 * half] * factor, y = d[r][c][2 * half + 1] * factor;
         if constexpr (std::is_same_v<T, float>) {
-          *reinterpret_cast<float2*>(tile + Tile::offset(row, 2 * c + t / 2) + 8 * (t % 2)) = {x, y};
+          *reinterpret_cast<float2*>(tile + Tile::offset(row, column0 / 4 + 2 * c + t / 2) + 8 * (t % 2)) = {x, y};
         } else {
-          *reinterpret_cast<std::uint32_t*>(tile + Tile::offset(row, c) + 4 * t) = pack<T>(x, y);
+          *reinterpret_cast<std::uint32_t*>(tile + Tile::offset(row, column0 / 8 + c) + 4 * t) = pack<T>(x, y);
         }
       }
 }

@@ -3,65 +3,77 @@
 
 #include "cuda/portable/backward_keys.cuh"
 #include "cuda/portable/backward_queries.cuh"
+#include "cuda/portable/backward_wide.cuh"
 #include "cuda/portable/row_statistics.cuh"
 
 namespace onepass::cuda {
 
-template <class T, int kHeadDim, bool kTerms, Pass kPass, bool kWide>
+template <class T, int kHeadDim, bool kTerms, Pass kPass>
 BackwardKernel describe_key_pass() {
-  using Config = KeyPassConfig<T, kHeadDim, kTerms, kPass, kWide>;
+  using Config = KeyPassConfig<T, kHeadDim, kTerms, kPass>;
   return {backward_keys_kernel<Config>, Config::kKeys, Config::kThreads, Config::kSharedBytes, kTerms};
 }
 
-// The kernels that exist: both accumulators at once up to 128, wide tiles only where they differ from narrow ones, and
-// float32 with terms only.
+// The kernels that exist: both accumulators at once up to 128, and float32 with terms only.
 template <class T, int kHeadDim, bool kTerms>
-BackwardKernel key_pass_of(Pass pass, bool wide) {
+BackwardKernel key_pass_of(Pass pass) {
   if constexpr (kHeadDim > 128) {
-    return pass == Pass::kValue ? describe_key_pass<T, kHeadDim, kTerms, Pass::kValue, false>()
-                                : describe_key_pass<T, kHeadDim, kTerms, Pass::kKey, false>();
-  } else if constexpr (kHeadDim > 64 && !std::is_same_v<T, float>) {
-    return wide ? describe_key_pass<T, kHeadDim, kTerms, Pass::kBoth, true>()
-                : describe_key_pass<T, kHeadDim, kTerms, Pass::kBoth, false>();
+    return pass == Pass::kValue ? describe_key_pass<T, kHeadDim, kTerms, Pass::kValue>()
+                                : describe_key_pass<T, kHeadDim, kTerms, Pass::kKey>();
   } else {
-    return describe_key_pass<T, kHeadDim, kTerms, Pass::kBoth, false>();
+    return describe_key_pass<T, kHeadDim, kTerms, Pass::kBoth>();
   }
-}
-
-template <class T, int kHeadDim, bool kTerms, bool kWide>
-BackwardKernel describe_convert() {
-  using Config = KeyPassConfig<T, kHeadDim, kTerms, kHeadDim <= 128 ? Pass::kBoth : Pass::kKey, kWide>;
-  return {convert_dq_kernel<Config>, Config::kQueries, Config::kThreads, Config::QueryTile::kBytes, kTerms};
-}
-
-template <class T, int kHeadDim, bool kTerms>
-BackwardKernel convert_of(bool wide) {
-  if constexpr (kHeadDim > 64 && kHeadDim <= 128) {
-    if (wide) return describe_convert<T, kHeadDim, kTerms, true>();
-  }
-  return describe_convert<T, kHeadDim, kTerms, false>();
 }
 
 template <int kHeadDim>
-BackwardKernel BackwardKernels<kHeadDim>::key_pass(DType dtype, bool terms, Pass pass, bool wide) {
+inline constexpr bool kHasWide = kHeadDim == 128;
+
+template <class T, int kHeadDim>
+BackwardKernel describe_wide() {
+  if constexpr (kHasWide<kHeadDim>) {
+    using Config = WideConfig<T, kHeadDim>;
+    return {backward_wide_kernel<Config>, Config::kKeys, Config::kThreads, Config::kSharedBytes, false};
+  } else {
+    return {};
+  }
+}
+
+template <class Config>
+BackwardKernel describe_convert() {
+  return {convert_dq_kernel<Config>, Config::kQueries, Config::kThreads, Config::QueryTile::kBytes, Config::kTerms};
+}
+
+template <class T, int kHeadDim>
+BackwardKernel convert_of(bool terms, bool wide) {
+  constexpr Pass kPass = kHeadDim <= 128 ? Pass::kBoth : Pass::kKey;
+  if constexpr (kHasWide<kHeadDim>) {
+    if (wide) return describe_convert<WideConfig<T, kHeadDim>>();
+  }
+  return terms ? describe_convert<KeyPassConfig<T, kHeadDim, true, kPass>>()
+               : describe_convert<KeyPassConfig<T, kHeadDim, false, kPass>>();
+}
+
+template <int kHeadDim>
+BackwardKernel BackwardKernels<kHeadDim>::key_pass(DType dtype, bool terms, Pass pass) {
   switch (dtype) {
     case DType::kFloat16:
-      return terms ? key_pass_of<__half, kHeadDim, true>(pass, wide) : key_pass_of<__half, kHeadDim, false>(pass, wide);
+      return terms ? key_pass_of<__half, kHeadDim, true>(pass) : key_pass_of<__half, kHeadDim, false>(pass);
     case DType::kBFloat16:
-      return terms ? key_pass_of<__nv_bfloat16, kHeadDim, true>(pass, wide)
-                   : key_pass_of<__nv_bfloat16, kHeadDim, false>(pass, wide);
-    default: return key_pass_of<float, kHeadDim, true>(pass, wide);
+      return terms ? key_pass_of<__nv_bfloat16, kHeadDim, true>(pass)
+                   : key_pass_of<__nv_bfloat16, kHeadDim, false>(pass);
+    default: return key_pass_of<float, kHeadDim, true>(pass);
   }
+}
+
+template <int kHeadDim>
+BackwardKernel BackwardKernels<kHeadDim>::wide_key_pass(DType dtype) {
+  return dtype == DType::kFloat16 ? describe_wide<__half, kHeadDim>() : describe_wide<__nv_bfloat16, kHeadDim>();
 }
 
 template <int kHeadDim>
 BackwardKernel BackwardKernels<kHeadDim>::convert_dq(DType dtype, bool terms, bool wide) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return terms ? convert_of<__half, kHeadDim, true>(wide) : convert_of<__half, kHeadDim, false>(wide);
-    default:
-      return terms ? convert_of<__nv_bfloat16, kHeadDim, true>(wide) : convert_of<__nv_bfloat16, kHeadDim, false>(wide);
-  }
+  return dtype == DType::kFloat16 ? convert_of<__half, kHeadDim>(terms, wide)
+                                  : convert_of<__nv_bfloat16, kHeadDim>(terms, wide);
 }
 
 template <class T, int kHeadDim>

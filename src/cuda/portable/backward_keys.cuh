@@ -1,17 +1,17 @@
 // cuda/portable/backward_keys.cuh: the kernel in which keys stay. Layout of the computation: see backward.h.
 #pragma once
 
-#include "cuda/portable/backward_common.cuh"
+#include "cuda/portable/key_tile_pass.cuh"
 
 namespace onepass::cuda {
 
-template <class T_, int kHeadDim_, bool kTerms_, Pass kPass_, bool kWide_>
+template <class T_, int kHeadDim_, bool kTerms_, Pass kPass_>
 struct KeyPassConfig {
   using T = T_;
   static constexpr bool kFloat = std::is_same_v<T, float>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kTerms = kTerms_;
-  using Shape = KeyTileShape<kFloat, kHeadDim, kTerms, kPass_, kWide_>;
+  using Shape = KeyTileShape<kFloat, kHeadDim, kTerms, kPass_>;
   static constexpr bool kHoldsKey = Shape::kHoldsKey, kHoldsValue = Shape::kHoldsValue;
   static constexpr int kKeys = Shape::kKeys, kQueries = Shape::kQueries, kThreads = 32 * Shape::kWarps;
   static constexpr int R = Shape::kRowTiles;  // m16 tiles of a warp's keys
@@ -37,26 +37,6 @@ struct KeyPassConfig {
   static_assert(kSharedBytes == Shape::shared_bytes(), "the host asks for what the kernel uses");
 };
 
-// Copies the statistics of a query block, 8 bytes a row, and their unit, 4, along with the block.
-template <int kBytes>
-ONEPASS_DEVICE void cp_async_small(std::uint32_t destination, const void* source) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(destination), "l"(source), "n"(kBytes) : "memory");
-}
-
-// Makes a block of queries and of dO finite in shared memory, because dK and dV are products with every row of it, seen
-// or not. Whether some row was not; bit q % kRows of found[q / kRows] says which, for kRows = kQueries / kWarps.
-template <class Config>
-ONEPASS_DEVICE bool make_queries_finite(std::uint32_t queries, std::uint32_t gradients, std::uint32_t* found) {
-  using T = typename Config::T;
-  using Tile = typename Config::QueryTile;
-  constexpr int kRows = Config::kQueries / Config::Shape::kWarps;
-  const int warp = threadIdx.x / 32;
-  const std::uint32_t rows = make_rows_finite<T, Tile, kRows>(queries, kRows * warp) |
-                             make_rows_finite<T, Tile, kRows>(gradients, kRows * warp);
-  if (lane_id() == 0) found[warp] = rows;
-  return __syncthreads_or(rows != 0);
-}
-
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     backward_keys_kernel(const __grid_constant__ BackwardArguments arguments) {
@@ -65,92 +45,52 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   using QueryTile = typename Config::QueryTile;
   using ScoreTile = typename Config::ScoreTile;
   constexpr int R = Config::R, C = Config::C, CD = Config::CD, kKeys = Config::kKeys, kQueries = Config::kQueries;
-  constexpr int kHeadDim = Config::kHeadDim, kThreads = Config::kThreads;
-  constexpr bool kRecompute = !Config::kFloat && kHeadDim > 64;  // registers are too few to keep addresses
+  constexpr int kHeadDim = Config::kHeadDim;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ std::uint32_t not_finite_queries[Config::Shape::kWarps];
   const std::uint32_t base = shared_address(shared);
 
   const BackwardProblem& backward = arguments.problem;
   const Problem& problem = backward.forward;
-  const int num_heads_kv = static_cast<int>(problem.num_heads_kv);
-  const auto [plane, tile] = tile_position(blockIdx.x, arguments.tiles, static_cast<int>(problem.batch) * num_heads_kv,
-                                           arguments.planes_per_group);
-  const int batch = plane / num_heads_kv, head_kv = plane % num_heads_kv;
-  const DeviceSequence sequence = device_sequence(problem, batch);
-  const int first_key = tile * kKeys;
+  const KeyTilePass<Config> pass(arguments);
+  const int batch = pass.batch, head_kv = pass.head_kv, first_key = pass.first_key;
+  const DeviceSequence& sequence = pass.sequence;
   if (first_key >= sequence.seqlen_k) return;
   const int live_keys = min(kKeys, sequence.seqlen_k - first_key);
 
-  const int head_dim = static_cast<int>(problem.head_dim), head_dim_v = static_cast<int>(problem.head_dim_v);
-  const VectorizedBackward& vectorized = arguments.vectorized;
-  const auto k = global_rows<const T>(problem.k, batch, head_kv, sequence.key_start, head_dim, vectorized.k);
-  const auto v = global_rows<const T>(problem.v, batch, head_kv, sequence.key_start, head_dim_v, vectorized.v);
-  const std::int64_t first_row = padded_start(problem, sequence, batch);
-
   const int warp = threadIdx.x / 32, warp_row = 16 * R * warp, g = lane_id() / 4, t = lane_id() % 4;
   const int key = first_key + warp_row + g;  // of this thread's first row
-  const TileQueries queries = tile_queries(problem, sequence, first_key, first_key + kKeys);
-  const int first_block = queries.any.begin / kQueries;
-  const int blocks =
-      queries.any.begin < queries.any.end ? (queries.any.end + kQueries - 1) / kQueries - first_block : 0;
-  const int steps = blocks * arguments.group_size;  // query blocks of every head of the group
 
   float dk[R][Config::kHoldsKey ? CD : 1][4], dv[R][Config::kHoldsValue ? CD : 1][4];
   clear(dk);
   clear(dv);
   std::uint32_t not_finite[R] = {};  // of the warp's keys, one bit each
 
-  const auto load_queries = [&](int step) {
-    const int head = head_kv * arguments.group_size + step / blocks, block = first_block + step % blocks;
-    const int stage = step % Config::Shape::kStages, first_query = block * kQueries;
-    const auto q = global_rows<const T>(problem.q, batch, head, sequence.query_start, head_dim, vectorized.q);
-    const auto dout =
-        global_rows<const T>(backward.dout, batch, head, sequence.query_start, head_dim_v, vectorized.dout);
-    load_tile<QueryTile, kQueries, kThreads, kRecompute>(base + Config::kQueryOffset + stage * QueryTile::kBytes, q,
-                                                         first_query, 0, sequence.seqlen_q);
-    load_tile<QueryTile, kQueries, kThreads, kRecompute>(base + Config::kGradientOffset + stage * QueryTile::kBytes,
-                                                         dout, first_query, 0, sequence.seqlen_q);
-    const std::int64_t row = head * arguments.padded_rows + first_row + first_query;
-    if (threadIdx.x < kQueries) {
-      cp_async_small<8>(base + Config::kStatisticsOffset + (stage * kQueries + threadIdx.x) * 8,
-                        arguments.statistics + row + threadIdx.x);
-    }
-    if (threadIdx.x == 0) {
-      cp_async_small<4>(base + Config::kNaturalOffset + stage * 16,
-                        arguments.natural + row / kStatisticsRows<Config::kFloat>);
-    }
-    cp_async_commit();
-  };
-  if (steps > 0) {
-    load_tile<KeyTile, kKeys, kThreads>(base, k, first_key, sequence.key_begin, sequence.key_end);
+  const int head_dim = static_cast<int>(problem.head_dim), head_dim_v = static_cast<int>(problem.head_dim_v);
+  const VectorizedBackward& vectorized = arguments.vectorized;
+  if (pass.steps > 0) {
+    pass.load_keys(base, problem.k, head_dim, vectorized.k);
     if constexpr (Config::kHoldsKey) {
-      load_tile<KeyTile, kKeys, kThreads>(base + Config::kValueOffset, v, first_key, sequence.key_begin,
-                                          sequence.key_end);
+      pass.load_keys(base + Config::kValueOffset, problem.v, head_dim_v, vectorized.v);
     }
-    load_queries(0);
+    pass.load_queries(base, 0);
   }
 
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    const int head = head_kv * arguments.group_size + step / blocks;
-    const int first_query = (first_block + step % blocks) * kQueries, stage = step % Config::Shape::kStages;
-    const int query_offset = Config::kQueryOffset + stage * QueryTile::kBytes;
-    const int gradient_offset = Config::kGradientOffset + stage * QueryTile::kBytes;
-    const auto* const statistics =
-        reinterpret_cast<const RowStatistics*>(shared + Config::kStatisticsOffset) + stage * kQueries;
+  for (int step = 0; step < pass.steps; ++step) {
+    const int head = pass.head(step), first_query = pass.first_query(step);
+    const int query_offset = pass.query_offset(step), gradient_offset = pass.gradient_offset(step);
+    const RowStatistics* const statistics = pass.statistics(shared, step);
     cp_async_wait<0>();
     __syncthreads();  // this block of queries is there, and nobody works on the last one any more
-    if (step + 1 < steps) load_queries(step + 1);
+    if (step + 1 < pass.steps) pass.load_queries(base, step + 1);
     if (step == 0) {  // dQ is a product with every key of the tile, seen or not
 #pragma unroll
       for (int r = 0; r < R; ++r) not_finite[r] = make_rows_finite<T, KeyTile>(base, warp_row + 16 * r);
       __syncwarp();
     }
-
-    const bool masked = first_query < queries.all.begin || first_query + kQueries > queries.all.end;
-    const bool tainted =
-        masked && make_queries_finite<Config>(base + query_offset, base + gradient_offset, not_finite_queries);
+    const bool masked = pass.masked(step);
+    const bool tainted = masked && pass.make_queries_finite(base, step, not_finite_queries);
 
     float s[R][C][4], dp[R][C][4];
     clear(s);
@@ -175,17 +115,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     if (tainted) {
       for_each_element(s, [&](float& x, int, int c, int e) {
-        const int query = 8 * c + 2 * t + e % 2;
-        constexpr int kRows = kQueries / Config::Shape::kWarps;
-        if (not_finite_queries[query / kRows] >> query % kRows & 1) x = std::numeric_limits<float>::quiet_NaN();
+        if (pass.was_not_finite(not_finite_queries, 8 * c + 2 * t + e % 2)) x = std::numeric_limits<float>::quiet_NaN();
       });
     }
     const KeyRows at{first_query + 2 * t, key};
-    const ScoreUnits units{arguments.scale_log2, Config::kTerms ? 1.0f : problem.softmax_scale,
-                           *reinterpret_cast<const std::int32_t*>(shared + Config::kNaturalOffset + stage * 16) != 0};
     weights_and_gradients<Config::kFloat, Config::kTerms, false>(
-        s, dp, score_terms(problem, batch, head), dropout_rule(problem, batch, head), at, sequence, units,
-        [&](int, int c, int e) { return statistics[8 * c + 2 * t + e % 2]; });
+        s, dp, score_terms(problem, batch, head), dropout_rule(problem, batch, head), at, sequence,
+        pass.units(shared, step), [&](int, int c, int e) { return statistics[8 * c + 2 * t + e % 2]; });
     if (masked) zero_hidden(s, dp, queries_of_rows<R>(problem, sequence, key), at.query0);
 
     if constexpr (Config::kFloat) {
@@ -221,7 +157,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         clear(dq);
         HalfProduct<T>::template columns_by_columns<ScoreTile, KeyTile, kKeys>(
             dq, base + Config::kScoreOffset, Config::dq_row(warp), base, Config::dq_column(warp));
-        float* const sums = arguments.dq_sums + (head * arguments.padded_rows + first_row + first_query) * kHeadDim;
+        float* const sums = pass.dq_sums(step);
         for_each_tile<RQ, CQ>(
             [&](int r, int c) { add_fragment(sums + fragment_offset<RQ, CQ>(warp, r, c), lane_id(), dq[r][c]); });
       }

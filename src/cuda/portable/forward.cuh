@@ -154,7 +154,7 @@ ONEPASS_DEVICE void finish_rows(const ForwardArguments& arguments, float (&o)[R]
 }
 
 // Takes up where the attention over other keys has ended: its rows lie in a tile, and its log-sum-exp is the maximum of
-// a sum of 1.
+// a sum of 1, but for the rounding of that maximum.
 template <class Config, int R, int CO>
 ONEPASS_DEVICE void resume_rows(const ForwardArguments& arguments, float (&o)[R][CO][4], float (&sums)[R][4],
                                 OnlineSoftmax<2 * R>& state, float survivor_scale, const unsigned char* tile,
@@ -172,14 +172,16 @@ ONEPASS_DEVICE void resume_rows(const ForwardArguments& arguments, float (&o)[R]
     const float of_row = query < sequence.seqlen_q ? lse[query * problem.lse.token_stride] : -kInfinity;
     if (of_row == -kInfinity) continue;
     state.largest[i] = of_row / unit;
-    state.sum[i] = t == 0 ? 1.0f : 0.0f;
-    sums[i / 2][2 * (i % 2)] = sums[i / 2][2 * (i % 2) + 1] = 1.0f;
+    const float base = state.largest[i] * arguments.scale_log2;  // rounded, as it is subtracted from logits
+    const float weight = fabsf(base) < kFusedLimit ? expf(fmaf(of_row, kLog2e, -base) * kLn2) : 1.0f;
+    state.sum[i] = t == 0 ? weight : 0.0f;
+    sums[i / 2][2 * (i % 2)] = sums[i / 2][2 * (i % 2) + 1] = weight;
 #pragma unroll
     for (int c = 0; c < CO; ++c) {
       const unsigned char* const row = tile + Tile::offset(warp_row + 8 * i + g, Config::kFloat ? 2 * c + t / 2 : c);
       const T* const pair = reinterpret_cast<const T*>(row + (Config::kFloat ? 8 * (t % 2) : 4 * t));
-      o[i / 2][c][2 * (i % 2)] = to_float(pair[0]) * factor;
-      o[i / 2][c][2 * (i % 2) + 1] = to_float(pair[1]) * factor;
+      o[i / 2][c][2 * (i % 2)] = to_float(pair[0]) * (weight * factor);
+      o[i / 2][c][2 * (i % 2) + 1] = to_float(pair[1]) * (weight * factor);
     }
   }
   state.compare_with_limit(arguments.scale_log2);

@@ -62,17 +62,20 @@ struct HalfProduct {
   ONEPASS_DEVICE static void fragments_by_columns(float (&d)[R][C][4], const std::uint32_t (&p)[kSteps][R][4],
                                                   std::uint32_t tile_b) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = 0; step < kSteps; ++step) multiply_columns<TileB>(d, p[step], tile_b, step, 0);
+  }
+
+  // The same with P in shared memory: rows [row, +16R) of tile a over its first kDepth columns, and columns [column,
+  // +8C) of tile b.
+  template <class TileA, class TileB, int kDepth, int R, int C>
+  ONEPASS_DEVICE static void rows_by_columns(float (&d)[R][C][4], std::uint32_t tile_a, int row, std::uint32_t tile_b,
+                                             int column) {
 #pragma unroll
-      for (int c = 0; c < C; c += 2) {
-        std::uint32_t b[4];
-        load_b_columns<TileB>(b, tile_b, step, 8 * c);
+    for (int step = 0; step < kDepth / 16; ++step) {
+      std::uint32_t a[R][4];
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-          mma<T>(d[r][c], p[step][r], b[0], b[1]);
-          mma<T>(d[r][c + 1], p[step][r], b[2], b[3]);
-        }
-      }
+      for (int r = 0; r < R; ++r) load_a<TileA>(a[r], tile_a, row + 16 * r, step);
+      multiply_columns<TileB>(d, a, tile_b, step, column);
     }
   }
 
@@ -96,16 +99,7 @@ struct HalfProduct {
       std::uint32_t a[R][4];
 #pragma unroll
       for (int r = 0; r < R; ++r) load_a_transposed<TileA>(a[r], tile_a, row + 16 * r, step);
-#pragma unroll
-      for (int c = 0; c < C; c += 2) {
-        std::uint32_t b[4];
-        load_b_columns<TileB>(b, tile_b, step, column + 8 * c);
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          mma<T>(d[r][c], a[r], b[0], b[1]);
-          mma<T>(d[r][c + 1], a[r], b[2], b[3]);
-        }
-      }
+      multiply_columns<TileB>(d, a, tile_b, step, column);
     }
   }
 
@@ -124,6 +118,20 @@ struct HalfProduct {
   }
 
  private:
+  template <class TileB, int R, int C>
+  ONEPASS_DEVICE static void multiply_columns(float (&d)[R][C][4], const std::uint32_t (&a)[R][4], std::uint32_t tile_b,
+                                              int step, int column) {
+#pragma unroll
+    for (int c = 0; c < C; c += 2) {
+      std::uint32_t b[4];
+      load_b_columns<TileB>(b, tile_b, step, column + 8 * c);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        mma<T>(d[r][c], a[r], b[0], b[1]);
+        mma<T>(d[r][c + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
   template <class TileB, int R, int C>
   ONEPASS_DEVICE static void multiply_rows(float (&d)[R][C][4], const std::uint32_t (&a)[R][4], std::uint32_t tile_b,
                                            int step) {

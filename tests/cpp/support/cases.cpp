@@ -145,6 +145,12 @@ const std::vector<Case>& feature_cases() {
        .softcap = 8.0,
        .dropout = 0.25,
        .layouts = Layouts::kMixed},
+      {.name = "ragged_head_dim_128",
+       .lengths_q = {140, 1, 33, 200},
+       .lengths_k = {140, 64, 150, 130},
+       .head_dim = 128,
+       .causal = true},
+      {.name = "window_head_dim_128", .seqlen_q = 200, .seqlen_k = 260, .head_dim = 128, .left = 70, .right = 20},
       {.name = "ragged_top_left", .lengths_q = {30, 50}, .lengths_k = {50, 30}, .causal = true, .top_left = true},
   };
   return cases;
