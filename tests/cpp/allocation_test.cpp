@@ -110,6 +110,20 @@ TEST_P(Allocation, FailuresOfAttentionWriteNothing) {  // 42, 47
   }
 }
 
+TEST_P(Allocation, FailuresOfTotalAttentionWriteNothing) {  // 42, 47
+  if (!has_total_attention(GetParam())) GTEST_SKIP() << GetParam().backend << " lacks the operation";
+  const Instance made = instance(kBusy);
+  const auto after_forward = [&] {
+    auto call = std::make_unique<Call>(made, dtype());
+    call->forward(context());
+    call->total.store(Values(call->total.view().numel(), -1.0));
+    return call;
+  };
+  expect_failing_allocations_write_nothing(context(), after_forward, [](Call& call, const ExecutionContext& with) {
+    total_attention(call.q, call.k, call.lse, call.total, call.options(), with);
+  });
+}
+
 TEST_P(Allocation, FailuresOfCachesWriteNothing) {  // 42, 47
   if (!has_cached(GetParam())) GTEST_SKIP() << GetParam().backend << " lacks the operation";
   const bool on_cpu = GetParam().device().type == DeviceType::kCpu;
