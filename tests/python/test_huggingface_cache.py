@@ -7,9 +7,9 @@ from typing import Any
 import onepass.huggingface.cache as cache_module
 import pytest
 import torch
-from hf_models import GENERATING, SEQLEN, Case, named, padding, relative_error, tokens
-from onepass import KVCache
-from onepass.huggingface import OnepassCache
+from hf_models import GENERATING, SEQLEN, Case, Causal, named, padding, relative_error, tokens
+from onepass import KVCache, attention
+from onepass.huggingface import OnepassCache, onepass_attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -187,6 +187,20 @@ def test_masks_without_bounds_on_the_left(side: str) -> None:
             second = model(ids[:, 15:], attention_mask=mask, past_key_values=first.past_key_values)
         logits.append(torch.cat([first.logits, second.logits], dim=1)[mask.bool()])
     assert relative_error(logits[1], logits[0]) < 2e-5
+
+
+@pytest.mark.usefixtures("no_copies")
+@pytest.mark.parametrize("window", [None, 5])
+def test_calls_without_a_mask(window: int | None) -> None:
+    """None with an OnepassCache: causal, the last query beside the last key, and not a static cache's unused tail."""
+    q, k, v = torch.randn(3, 2, 4, 12, 16)
+    cache = OnepassCache()
+    cache.update(k[:, :, :9], v[:, :, :9], 0)
+    states = cache.update(k[:, :, 9:], v[:, :, 9:], 0)
+    out, _ = onepass_attention(Causal(), q[:, :, 9:], *states, None, sliding_window=window)
+    options = {"causal": True, "window": None if window is None else (window - 1, 0)}
+    want = attention(q, k, v, **options)[:, :, 9:].transpose(1, 2)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
 
 
 def test_gradients_are_refused() -> None:

@@ -82,8 +82,9 @@ def onepass_attention(
         "dropout_p": dropout,
     }
     if isinstance(key, CachedStates) and isinstance(value, CachedStates):
-        plain = packed is None and (position_bias is None or alibi_slopes is not None) and dropout == 0.0
-        if plain and visibility.dense is None and visibility.key_end is None:
+        has_no_bias = position_bias is None or alibi_slopes is not None
+        has_bounds_only = packed is None and visibility.dense is None and visibility.key_end is None
+        if has_no_bias and has_bounds_only and dropout == 0.0 and visibility.keys_used == visibility.seqlen_k:
             return _cached(query, key, visibility, alibi_slopes, options), None
         key, value = key.dequantized(), value.dequantized()
     if packed is not None:
@@ -114,13 +115,14 @@ def _without_description(
     if mask is not None:
         dense = mask[..., :seqlen_k]
         return Visibility(batch, seqlen_q, seqlen_k, seqlen_k, dense=dense)
-    causal = is_causal and seqlen_q > 1
     if isinstance(key, CachedStates):
-        causal = is_causal
+        causal, keys_used = is_causal, seqlen_k
+    else:
+        causal = is_causal and seqlen_q > 1
+        keys_used = min(seqlen_q, seqlen_k) if causal else seqlen_k
     window: Window = (None, None)
     if sliding_window is not None:
         window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
-    keys_used = min(seqlen_q, seqlen_k) if causal and not isinstance(key, CachedStates) else seqlen_k
     return Visibility(batch, seqlen_q, seqlen_k, keys_used, causal, window)
 
 
