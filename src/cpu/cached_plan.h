@@ -18,6 +18,8 @@ struct CachedTask {
   std::int64_t begin, end;       // keys
   bool few_rows;                 // the decode kernel, else panels
   std::int64_t partial;          // index of its first row among the partial rows; −1: writes the output itself
+  std::int64_t merge;            // that its part belongs to; −1 likewise
+  std::int64_t scores;           // where its scores begin, when they are kept
   double cost;                   // keys, weighted by arithmetic
 };
 
@@ -79,7 +81,7 @@ inline std::vector<CachedTask> whole_sets(const CachedProblem& problem, const Ca
       // 16 rows take about as long to compute as their keys to read.
       const double cost = double(keys.end - keys.begin) * std::max(1.0, double(count) / 16.0);
       for (std::int64_t g = 0; g < problem.attention.num_heads_kv; ++g) {
-        sets.push_back({b, g, first, count, keys.begin, keys.end, per_task == shape.few_rows, -1, cost});
+        sets.push_back({b, g, first, count, keys.begin, keys.end, per_task == shape.few_rows, -1, -1, 0, cost});
       }
     }
   }
@@ -103,10 +105,9 @@ inline CachedPlan plan_cached(const CachedProblem& problem, const CachedPlanShap
       parts = shape.threads == 1 ? 1 : static_cast<std::int64_t>(std::lround(set.cost / std::max(1.0, cost_per_part)));
       parts = std::min(parts, (set.end - set.begin) / kMinPartKeys);
     }
-    // Row weights that are dropped relative to the row's largest need all of its scores in one place.
-    if (problem.prob_threshold > 0) parts = 1;
     parts = std::clamp<std::int64_t>(parts, 1, std::max<std::int64_t>(1, blocks));
-    if (parts == 1) {
+    // Weights are dropped relative to the row's largest, which all parts find first: then there is always a merge.
+    if (parts == 1 && problem.prob_threshold == 0) {
       plan.tasks.push_back(set);
       continue;
     }
@@ -116,6 +117,7 @@ inline CachedPlan plan_cached(const CachedProblem& problem, const CachedPlanShap
       task.begin = std::max(set.begin, (first_block + blocks * part / parts) * block_keys);
       task.end = std::min(set.end, (first_block + blocks * (part + 1) / parts) * block_keys);
       task.partial = plan.partial_rows;
+      task.merge = static_cast<std::int64_t>(plan.merges.size()) - 1;
       task.cost = set.cost / double(parts);
       plan.tasks.push_back(task);
       plan.partial_rows += set.rows;

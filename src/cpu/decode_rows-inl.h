@@ -1,6 +1,6 @@
 // cpu/decode_rows-inl.h: a task of few query rows: packs them, walks the key blocks, leaves the online softmax's state.
-// A tile of scores is [key / E][lane] with lane = (key % E)·rows + row, so that softmax_tile sees ordinary lanes; the E
-// lanes of a row share one maximum.
+// With a threshold it is two tasks: one leaves the scores, so that the rows' largest are known over all parts, the
+// other reads only the values whose weight counts.
 #if defined(ONEPASS_CPU_DECODE_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef ONEPASS_CPU_DECODE_ROWS_INL_H_
 #undef ONEPASS_CPU_DECODE_ROWS_INL_H_
@@ -10,99 +10,25 @@
 
 #include <limits>
 
-#include "cpu/arena.h"
-#include "cpu/cache_reader.h"
-#include "cpu/cached_plan.h"
-#include "cpu/decode-inl.h"
-#include "cpu/decode_bytes-inl.h"
-#include "cpu/dropout-inl.h"
-#include "cpu/softmax-inl.h"
+#include "cpu/decode_tile-inl.h"
 #include "cpu/values-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace onepass::cpu::HWY_NAMESPACE {
 #if !HWY_HAVE_SCALABLE
 
-// Rows of a tile: the fewest that hold `count`, of 1, L/4, L/2 and L.
-inline std::int64_t tile_rows(std::int64_t count) {
-  if (count == 1) return 1;
-  return count <= kLanes / 4 ? kLanes / 4 : count <= kLanes / 2 ? kLanes / 2 : kLanes;
+// Keys of the blocks that a task's keys lie in.
+inline std::int64_t decode_span(const CachedTask& task) {
+  const std::int64_t first = task.begin / kDecodeKeys * kDecodeKeys;
+  return (task.end - first + kDecodeKeys - 1) / kDecodeKeys * kDecodeKeys;
 }
-
-// How one of K and V is read.
-struct StoredSide {
-  std::int64_t dim;        // channels
-  std::int64_t positions;  // floats of a row in a tile: dim, rounded up to vectors
-  bool natural;            // converted in channel order; else in the order of Unpack
-  bool group_scales;       // applied while converting
-  bool bytes = false;      // in the order of ByteProducts
-
-  template <class T>
-  static StoredSide of(const KVStorage& cache, std::int64_t dim) {
-    const bool groups = cache.granularity == ScaleGranularity::kGroup;
-    const bool natural = groups || !Unpack<T>::kFast || dim % chunk_elements<T>() != 0;
-    return {dim, padded(dim), natural, groups};
-  }
-  // Whether rows are converted in the order of Unpack.
-  bool unpacked() const { return !natural && !bytes; }
-};
-
-// What a task keeps. Floats unless said.
-struct DecodeState {
-  float* q;             // [positions of K / E][lane]
-  float* scores;        // [kDecodeKeys / E][lane], for all blocks of the task when weights are dropped
-  float* out;           // [row][positions of V], not yet divided by the sum
-  float* maximum;       // [lane]
-  float* sum;           // [lane]
-  float* rescale;       // [lane]
-  float* tile_maximum;  // [lane]
-  float* k_converted;   // [key][kConvertedStride]
-  float* v_converted;
-  float* k_scales;  // [key], and one vector past the end
-  float* v_scales;
-  float* staging;       // [positions]
-  float* row_terms;     // [kDecodeKeys]
-  std::int32_t* begin;  // [lane]: visible keys, as in Lanes
-  std::int32_t* end;
-  std::int32_t* center;
-  float* slope;
-  const void** k_rows;  // [key] of this block, then of the next
-  const void** v_rows;
-  std::int32_t* keys;      // [key]: those whose values count
-  std::int32_t* all_keys;  // 0, 1, …
-  ByteState bytes;
-
-  // max_keys: of any task, when weights are dropped; else 0.
-  void take(Arena& arena, const CachedProblem& problem, std::int64_t max_keys) {
-    const KVStorage& cache = problem.cache;
-    const std::int64_t k_positions = padded(cache.head_dim), v_positions = padded(cache.head_dim_v);
-    const std::int64_t blocks = std::max<std::int64_t>(1, max_keys / kDecodeKeys + 2);
-    q = arena.take<float>(k_positions * kLanes);
-    scores = arena.take<float>(blocks * kDecodeKeys * kLanes);
-    out = arena.take<float>(v_positions * kLanes);
-    for (float** lane : {&maximum, &sum, &rescale, &tile_maximum, &slope}) *lane = arena.take<float>(kLanes);
-    for (std::int32_t** lane : {&begin, &end, &center}) *lane = arena.take<std::int32_t>(kLanes);
-    k_converted = arena.take<float>(kConvertedKeys * kConvertedStride);
-    v_converted = arena.take<float>(kConvertedValues * kConvertedStride);
-    k_scales = arena.take<float>(kDecodeKeys + kLanes);
-    v_scales = arena.take<float>(kDecodeKeys + kLanes);
-    staging = arena.take<float>(std::max(k_positions, v_positions));
-    row_terms = arena.take<float>(kDecodeKeys);
-    k_rows = arena.take<const void*>(2 * kDecodeKeys);
-    v_rows = arena.take<const void*>(2 * kDecodeKeys);
-    keys = arena.take<std::int32_t>(kDecodeKeys);
-    all_keys = arena.take<std::int32_t>(kDecodeKeys);
-    if (kHasByteDot && cache.dtype == DType::kInt8) bytes.take(arena, cache.head_dim, cache.head_dim_v);
-  }
-};
 
 // `T` stored element, `kRows` rows of the tile.
 template <class T, int kRows>
 class DecodeTask {
-  static constexpr std::int64_t kPartials = kLanes / kRows;           // E
-  static constexpr std::int64_t kTileKeys = kDecodeKeys / kPartials;  // vectors of a tile
+  using Tile = DecodeTile<kRows>;
+  static constexpr std::int64_t kPartials = Tile::kPartials;
   static constexpr std::int64_t kTileSize = kDecodeKeys * kRows;
-  static constexpr std::int64_t kLineElements = 64 / sizeof(T);
   static constexpr bool kBytes = kHasByteDot && std::is_same_v<T, std::int8_t> && kRows > 1;
 
  public:
@@ -113,33 +39,46 @@ class DecodeTask {
         terms_(terms),
         task_(task),
         s_(state),
-        rows_(row_set(problem, task.batch, task.head_kv)),
+        tile_(problem, terms, task, state),
         reader_(problem.cache, task.batch, task.head_kv),
         k_(StoredSide::of<T>(problem.cache, problem.cache.head_dim)),
-        v_(StoredSide::of<T>(problem.cache, problem.cache.head_dim_v)) {}
-
-  void run() {
-    pack_queries();
-    if constexpr (kBytes) use_bytes();
-    set_lanes();
+        v_(StoredSide::of<T>(problem.cache, problem.cache.head_dim_v)) {
     for (std::int64_t i = 0; i < kDecodeKeys; ++i) s_.all_keys[i] = static_cast<std::int32_t>(i);
     std::fill_n(s_.out, kRows * v_.positions, 0.0f);
     std::fill_n(s_.maximum, kLanes, -kInfinity);
     std::fill_n(s_.sum, kLanes, 0.0f);
-    if (problem_.prob_threshold > 0) {
-      run_dropping();
-    } else {
-      for_each_block(/*with_k=*/true, /*with_v=*/true, [&](const Block& block) {
-        score(block, s_.scores);
-        softmax(block, s_.scores);
-        if (problem_.attention.dropout_p > 0) drop(block.keys.first, s_.scores);
-        list_all(block);
-        add_values(block, s_.scores);
-      });
+  }
+
+  void run() {
+    pack_queries();
+    for_each_block(/*with_k=*/true, /*with_v=*/true, [&](const Block& block) {
+      score(block, s_.scores);
+      softmax(block.keys.first, s_.scores);
+      if (problem_.attention.dropout_p > 0) tile_.drop(block.keys.first, s_.scores);
+      add_values(block, s_.scores);
+    });
+    join_sums();
+  }
+
+  // Scores of all blocks (decode_span keys × kRows), and the largest of each row.
+  void run_scores(float* scores, float* maxima) {
+    pack_queries();
+    for_each_block(true, false, [&](const Block& block) {
+      score(block, scores);
+      for (std::int64_t r = 0; r < kRows; ++r) s_.maximum[r] = std::max(s_.maximum[r], s_.tile_maximum[r]);
+      scores += kTileSize;
+    });
+    std::copy_n(s_.maximum, task_.rows, maxima);
+  }
+
+  // The rest of run() from these scores, which it overwrites, and the rows' largest over all parts. `kept` is room for
+  // decode_span keys.
+  void run_kept_values(float* scores, const float* maxima, std::int32_t* kept) {
+    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+      s_.maximum[lane] = maxima[std::min(lane % kRows, task_.rows - 1)];
     }
-    for (std::int64_t r = 0; r < kRows; ++r) {  // the row's lanes hold parts of its sum
-      for (std::int64_t e = 1; e < kPartials; ++e) s_.sum[r] += s_.sum[e * kRows + r];
-    }
+    add_kept_values(scores, kept, keep_large(scores, kept));
+    join_sums();
   }
 
   // Row r of the result in channel order, times `factor`.
@@ -147,7 +86,7 @@ class DecodeTask {
     const float* row = s_.out + r * v_.positions;
     if (v_.unpacked()) factor *= Unpack<T>::kFactor;
     for (std::int64_t p = 0; p < v_.positions; ++p) {
-      if (const std::int64_t d = channel(v_, p); d < v_.dim) dst[d] = row[p] * factor;
+      if (const std::int64_t d = v_.channel<T>(p); d < v_.dim) dst[d] = row[p] * factor;
     }
   }
 
@@ -158,77 +97,49 @@ class DecodeTask {
     const T* const* k_next;
     const T* const* v;
     const T* const* v_next;
-    std::int64_t count() const { return keys.end - keys.begin; }
+    // A key that does not exist stands for its nearest, as its row does.
+    std::int64_t key_at(std::int64_t i) const { return std::clamp(keys.first + i, keys.begin, keys.end - 1); }
   };
 
-  static std::int64_t channel(const StoredSide& side, std::int64_t position) {
-    if (side.natural) return position;
-    if (side.bytes) return position / kByteChunk * kByteChunk + byte_channel(position % kByteChunk);
-    const std::int64_t chunk = chunk_elements<T>();
-    return position / chunk * chunk + Unpack<T>::channel(position % chunk);
-  }
-
-  // Rows past the task's repeat its last one.
-  std::int64_t row_of(std::int64_t r) const { return task_.first_row + std::min(r, task_.rows - 1); }
-
-  void pack_queries() {
-    const float factor = k_.natural ? 1.0f : Unpack<T>::kFactor;
-    for (std::int64_t r = 0; r < kRows; ++r) {
-      load_query(r);
-      for (std::int64_t p = 0; p < k_.positions; ++p) {
-        const std::int64_t d = channel(k_, p);
-        s_.q[p / kPartials * kLanes + r * kPartials + p % kPartials] = d < k_.dim ? s_.staging[d] * factor : 0.0f;
-      }
-    }
-  }
-
   void load_query(std::int64_t r) {
-    const std::int64_t row = row_of(r);
+    const RowSet& rows = tile_.rows();
+    const std::int64_t row = tile_.row_of(r);
     with_float_type(queries_.dtype, [&]<class Q>(Q) {
       if constexpr (!std::is_same_v<Q, double>) {
-        convert_row(queries_.q.row<Q>(rows_.batch, rows_.head_of(row), rows_.token_of(row)), k_.dim, s_.staging);
+        convert_row(queries_.q.row<Q>(rows.batch, rows.head_of(row), rows.token_of(row)), k_.dim, s_.staging);
       }
     });
     for (std::int64_t d = 0; d < k_.dim; ++d) s_.staging[d] *= terms_.query_factor;
   }
 
-  // Integer products, when nothing in the problem or the queries is against them.
-  void use_bytes() {
+  void pack_queries() {
+    if constexpr (kBytes) {
+      if (use_bytes()) return;
+    }
+    const float factor = k_.natural ? 1.0f : Unpack<T>::kFactor;
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      load_query(r);
+      for (std::int64_t p = 0; p < k_.positions; ++p) {
+        const std::int64_t d = k_.channel<T>(p);
+        s_.q[p / kPartials * kLanes + r * kPartials + p % kPartials] = d < k_.dim ? s_.staging[d] * factor : 0.0f;
+      }
+    }
+  }
+
+  // Integer products, when nothing in the problem or the queries is against them. Those of V take whole blocks.
+  bool use_bytes() {
     const bool whole = k_.dim % kByteChunk == 0 && v_.dim % kByteChunk == 0;
-    if (!has_byte_dot() || !whole || k_.group_scales || problem_.prob_threshold > 0) return;
+    if (!has_byte_dot() || !whole || k_.group_scales) return false;
     ByteProducts<kRows> products = byte_products();
     for (std::int64_t r = 0; r < kRows; ++r) {
       load_query(r);
-      if (!products.pack_query(r, s_.staging)) return;
+      if (!products.pack_query(r, s_.staging)) return false;
     }
-    k_.bytes = v_.bytes = true;
+    k_.bytes = true;
+    v_.bytes = problem_.prob_threshold == 0;
+    return true;
   }
   ByteProducts<kRows> byte_products() const { return {s_.bytes, k_.dim, v_.dim}; }
-
-  void set_lanes() {
-    min_end_ = INT64_MAX;
-    max_begin_ = 0;
-    const std::int64_t length = rows_.sequence.seqlen_k;
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-      const std::int64_t row = row_of(lane % kRows), query = rows_.query_of(row);
-      const KeyRange seen = visible_keys(problem_.attention, rows_.sequence, query);
-      const std::int64_t begin = std::clamp<std::int64_t>(seen.begin, task_.begin, length);
-      const std::int64_t end = std::clamp<std::int64_t>(seen.end, begin, std::max(begin, task_.end));
-      s_.begin[lane] = static_cast<std::int32_t>(begin);
-      s_.end[lane] = static_cast<std::int32_t>(end);
-      max_begin_ = std::max(max_begin_, begin);
-      min_end_ = std::min(min_end_, end);
-      s_.center[lane] = static_cast<std::int32_t>(query + rows_.sequence.diagonal);
-      s_.slope[lane] = terms_.alibi
-                           ? problem_.attention
-                                 .alibi_slopes[rows_.batch * problem_.attention.alibi_batch_stride + rows_.head_of(row)]
-                           : 0.0f;
-    }
-  }
-
-  bool sees_all(std::int64_t first, std::int64_t count) const {
-    return first >= max_begin_ && first + count <= min_end_;
-  }
 
   // f(block) for every block of keys, its rows known, those of the next block too (to fetch them ahead).
   template <class F>
@@ -257,33 +168,33 @@ class DecodeTask {
     }
   }
 
-  // The listed rows of a block as floats in the side's order, one behind the other.
-  void convert(const StoredSide& side, const CacheScale& scale, const Block& block, const T* const* rows,
-               const std::int32_t* list, std::int64_t count, float* dst) {
+  LineFetcher lines_of(const StoredSide& side, const T* const* rows) const {
+    return {reinterpret_cast<const void* const*>(rows), side.positions * static_cast<std::int64_t>(sizeof(T))};
+  }
+
+  // Rows [first, first + count) as floats in the side's order, one behind the other; key_at(i) is the key of row i.
+  template <class F>
+  void convert(const StoredSide& side, const CacheScale& scale, const T* const* rows, std::int64_t first,
+               std::int64_t count, float* dst, const F& key_at) {
     if constexpr (Unpack<T>::kFast) {
+      const std::int32_t* const list = s_.all_keys + first;
       if (side.unpacked() && !has_nan<T>(rows, list, count, side.dim)) {
         return convert_block<T>(rows, list, count, side.dim, dst);
       }
     }
     for (std::int64_t n = 0; n < count; ++n) {
-      const std::int64_t i = list[n];
+      const T* const row = rows[first + n];
       float* const to = dst + n * kConvertedStride;
       if (side.natural) {
-        // A key that does not exist stands for its nearest, as its row does.
-        const std::int64_t key = std::clamp(block.keys.first + i, block.keys.begin, block.keys.end - 1);
-        const float* groups = side.group_scales ? reader_.group_scales(scale, key) : nullptr;
-        dequantize_row(rows[i], side.dim, groups, problem_.cache.group_channels, to);
+        const float* groups = side.group_scales ? reader_.group_scales(scale, key_at(first + n)) : nullptr;
+        dequantize_row(row, side.dim, groups, problem_.cache.group_channels, to);
         std::fill(to + side.dim, to + side.positions, 0.0f);
       } else {
         for (std::int64_t p = 0; p < side.positions; ++p) {
-          to[p] = to_float(rows[i][channel(side, p)]) * (1.0f / Unpack<T>::kFactor);
+          to[p] = to_float(row[side.channel<T>(p)]) * (1.0f / Unpack<T>::kFactor);
         }
       }
     }
-  }
-
-  LineFetcher lines_of(const StoredSide& side, const T* const* rows) const {
-    return {reinterpret_cast<const void* const*>(rows), side.positions * static_cast<std::int64_t>(sizeof(T))};
   }
 
   // Products of a block, scaled by nothing yet.
@@ -302,7 +213,8 @@ class DecodeTask {
       }
     }
     for (std::int64_t first = 0; first < kDecodeKeys; first += kConvertedKeys) {
-      convert(k_, problem_.cache.k_scale, block, block.k, s_.all_keys + first, kConvertedKeys, s_.k_converted);
+      convert(k_, problem_.cache.k_scale, block.k, first, kConvertedKeys, s_.k_converted,
+              [&](std::int64_t i) { return block.key_at(i); });
       if constexpr (kRows == 1) {
         const float* rows[kConvertedKeys];
         for (std::int64_t n = 0; n < kConvertedKeys; ++n) rows[n] = s_.k_converted + n * kConvertedStride;
@@ -314,124 +226,21 @@ class DecodeTask {
     }
   }
 
-  // Logits of a block (products, when there are no terms), −inf where a lane does not see the key; s_.tile_maximum.
   void score(const Block& block, float* scores) {
     const CacheScale& scale = problem_.cache.k_scale;
     multiply_keys_by_queries(block, scores);
     if (scale && !k_.group_scales) {
-      reader_.scales(scale, block.keys, kDecodeKeys, s_.k_scales);
-      multiply_keys(s_.k_scales, scores);
+      reader_.scales(scale, block.keys, kDecodeKeys, s_.scales);
+      Tile::multiply_keys(s_.scales, scores);
     }
-    if (terms_.any()) scale_scores(ScoreTile{scores, kLanes, block.keys.first, kTileKeys}, terms_);
-    if (terms_.alibi) add_distance(block.keys.first, scores);
-    if (terms_.bias) add_bias(block, scores);
-    mask_and_maximum(block.keys.first, scores);
-  }
-
-  // For each lane the key of its group: lane / kRows.
-  static HWY_INLINE Ints lane_keys() {
-    HWY_ALIGN std::int32_t keys[kLanes];
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) keys[lane] = static_cast<std::int32_t>(lane / kRows);
-    return hn::Load(IntTag(), keys);
-  }
-
-  // tile[key][row] *= factors[key].
-  static void multiply_keys(const float* factors, float* tile) {
-    const FloatTag f;
-    const auto spread = hn::IndicesFromVec(f, lane_keys());
-    for (std::int64_t k = 0; k < kTileKeys; ++k) {
-      const Floats factor = hn::TableLookupLanes(hn::LoadU(f, factors + k * kPartials), spread);
-      hn::Store(hn::Mul(hn::Load(f, tile + k * kLanes), factor), f, tile + k * kLanes);
-    }
-  }
-
-  void add_distance(std::int64_t first, float* scores) const {
-    const FloatTag f;
-    const IntTag n;
-    const Floats slope = hn::Load(f, s_.slope);
-    const Ints from = hn::Sub(hn::Load(n, s_.center), lane_keys());
-    for (std::int64_t k = 0; k < kTileKeys; ++k) {
-      const Ints key = hn::Set(n, static_cast<std::int32_t>(first + k * kPartials));
-      const Floats behind = hn::ConvertTo(f, hn::Sub(from, key));
-      const Floats distance = terms_.alibi_zero_for_future ? hn::Max(behind, hn::Zero(f)) : hn::Abs(behind);
-      hn::Store(hn::NegMulAdd(slope, distance, hn::Load(f, scores + k * kLanes)), f, scores + k * kLanes);
-    }
-  }
-
-  // tile[key][r] += the bias of row r. A row of a tile has no key of its own: its keys lie along memory.
-  void add_bias(const Block& block, float* tile) {
-    const Problem& problem = problem_.attention;
-    const BiasOperand& bias = problem.bias;
-    const std::int64_t skipped = block.keys.begin - block.keys.first;
-    for (std::int64_t r = 0; r < kRows; ++r) {
-      const std::int64_t row = row_of(r);
-      const std::int64_t offset = rows_.batch * bias.batch_stride + rows_.head_of(row) * bias.head_stride +
-                                  rows_.query_of(row) * bias.query_stride;
-      with_float_type(bias.dtype, [&]<class B>(B) {
-        if constexpr (!std::is_same_v<B, double>) {
-          const auto* const of_row = static_cast<const std::byte*>(bias.data) + offset * sizeof(B);
-          load_bias_row<B>(of_row, block.keys.begin, block.count(), bias.key_stride, s_.row_terms);
-        }
-      });
-      float* const at = tile + skipped * kRows + r;
-      for (std::int64_t i = 0; i < block.count(); ++i) at[i * kRows] += s_.row_terms[i];
-    }
-  }
-
-  // Dropped weights become 0. A vector of counters holds kLanes draws of a row, four keys each.
-  void drop(std::int64_t first, float* weights) {
-    const WordTag w;
-    const Problem& p = problem_.attention;
-    const std::uint32_t threshold = dropout_threshold(p.dropout_p);
-    const PhiloxKey key(p);
-    for (std::int64_t r = 0; r < kRows; ++r) {
-      const std::int64_t row = row_of(r);
-      const auto query = static_cast<std::uint32_t>(rows_.query_of(row));
-      const auto plane = static_cast<std::uint32_t>(rows_.batch * p.num_heads + rows_.head_of(row));
-      for (std::int64_t quad = 0; quad < kDecodeKeys / 4; quad += kLanes) {
-        Words words[4] = {hn::Iota(w, static_cast<std::uint32_t>(first / 4 + quad)), hn::Set(w, query),
-                          hn::Set(w, plane), hn::Set(w, static_cast<std::uint32_t>(p.dropout_offset))};
-        philox_words(words[0], words[1], words[2], words[3], key.low, key.high);
-        HWY_ALIGN std::uint32_t bits[4][kLanes];
-        for (int i = 0; i < 4; ++i) hn::Store(words[i], w, bits[i]);
-        for (std::int64_t i = 0; i < 4 * kLanes; ++i) {
-          float& weight = weights[(quad * 4 + i) * kRows + r];
-          if (bits[i % 4][i / 4] < threshold) weight = 0.0f;
-        }
-      }
-    }
-  }
-
-  // Where lanes do not see a key the tile becomes `hidden`.
-  void mask(std::int64_t first, float hidden, float* tile) const {
-    const FloatTag f;
-    const IntTag n;
-    const Ints begin = hn::Load(n, s_.begin), end = hn::Load(n, s_.end), lane = lane_keys();
-    for (std::int64_t k = 0; k < kTileKeys; ++k) {
-      const Ints key = hn::Add(lane, hn::Set(n, static_cast<std::int32_t>(first + k * kPartials)));
-      const auto visible = hn::RebindMask(f, hn::AndNot(hn::Gt(begin, key), hn::Gt(end, key)));
-      hn::Store(hn::IfThenElse(visible, hn::Load(f, tile + k * kLanes), hn::Set(f, hidden)), f, tile + k * kLanes);
-    }
-  }
-
-  void mask_and_maximum(std::int64_t first, float* scores) {
-    const FloatTag f;
-    if (!sees_all(first, kDecodeKeys)) mask(first, -kInfinity, scores);
-    Floats largest = hn::Set(f, -kInfinity);
-    for (std::int64_t k = 0; k < kTileKeys; ++k) largest = hn::Max(hn::Load(f, scores + k * kLanes), largest);
-    hn::Store(largest, f, s_.tile_maximum);
-    for (std::int64_t r = 0; r < kRows; ++r) {
-      float row = -kInfinity;
-      for (std::int64_t e = 0; e < kPartials; ++e) row = std::max(row, s_.tile_maximum[e * kRows + r]);
-      for (std::int64_t e = 0; e < kPartials; ++e) s_.tile_maximum[e * kRows + r] = row;
-    }
+    tile_.finish(block.keys.first, {block.keys.begin, block.keys.end}, scores);
   }
 
   // Scores → weights; earlier outputs are brought to the new maximum.
-  void softmax(const Block& block, float* scores) {
+  void softmax(std::int64_t first, float* scores) {
     const FloatTag f;
-    softmax_tile(ScoreTile{scores, kLanes, block.keys.first, kTileKeys}, terms_.unit(), s_.tile_maximum, s_.maximum,
-                 s_.sum, s_.rescale);
+    softmax_tile(ScoreTile{scores, kLanes, first, Tile::kTileKeys}, terms_.unit(), s_.tile_maximum, s_.maximum, s_.sum,
+                 s_.rescale);
     for (std::int64_t r = 0; r < kRows; ++r) {
       if (s_.rescale[r] == 1.0f) continue;
       const Floats factor = hn::Set(f, s_.rescale[r]);
@@ -441,108 +250,144 @@ class DecodeTask {
     }
   }
 
-  void list_all(const Block& block) {
-    count_ = block.count();
-    for (std::int64_t i = 0; i < count_; ++i) {
-      s_.keys[i] = static_cast<std::int32_t>(block.keys.begin - block.keys.first + i);
+  // The row's lanes hold parts of its sum.
+  void join_sums() {
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      for (std::int64_t e = 1; e < kPartials; ++e) s_.sum[r] += s_.sum[e * kRows + r];
     }
   }
 
-  // Adds the values of the listed keys.
+  // Adds the values of a block.
   void add_values(const Block& block, float* weights) {
     const CacheScale& scale = problem_.cache.v_scale;
-    const bool hidden = !sees_all(block.keys.begin, block.count());
+    const std::int64_t first = block.keys.begin - block.keys.first, count = block.keys.end - block.keys.begin;
+    const bool hidden = !tile_.sees_all(block.keys.begin, count);
     if (scale && !v_.group_scales) {
-      reader_.scales(scale, block.keys, kDecodeKeys, s_.v_scales);
-      multiply_keys(s_.v_scales, weights);
-      if (hidden) mask(block.keys.first, 0.0f, weights);  // 0·NaN
+      reader_.scales(scale, block.keys, kDecodeKeys, s_.scales);
+      Tile::multiply_keys(s_.scales, weights);
+      if (hidden) tile_.mask(block.keys.first, 0.0f, weights);  // 0·NaN
     }
-    LineFetcher ahead = lines_of(v_, block.v_next);
+    const LineFetcher ahead = lines_of(v_, block.v_next);
     if constexpr (kBytes) {
       if (v_.bytes && byte_products().pack_weights(weights)) {
         return byte_products().add_values(block.v, s_.out, ahead);
       }
     }
-    bool converted = true;
+    add_value_rows(
+        block.v, first, count, weights, hidden, ahead, [&](std::int64_t i) { return block.key_at(i); },
+        [&](std::int64_t i, std::int64_t r) { return tile_.sees(r, block.keys.first + i); });
+  }
+
+  // Adds rows [first, first + count) of values, whose keys are key_at(i). hidden: some weights are 0 because the row
+  // does not see the key.
+  template <class KeyAt, class Sees>
+  void add_value_rows(const T* const* rows, std::int64_t first, std::int64_t count, const float* weights, bool hidden,
+                      LineFetcher ahead, const KeyAt& key_at, const Sees& sees) {
+    const std::int32_t* const list = s_.all_keys + first;
     if constexpr (kReadsStorage<T, kRows>) {
-      converted = !v_.unpacked() || hidden || has_nan<T>(block.v, s_.keys, count_, v_.dim);
-      if (!converted) {
-        add_values_of<T, T, kRows>(block.v, s_.keys, count_, weights, v_.dim, s_.out, v_.positions, ahead);
+      if (v_.unpacked() && !has_nan<T>(rows, list, count, v_.dim)) {
+        // A value that is not finite shows in the sums, hidden or not: then they are taken back.
+        if (hidden) std::copy_n(s_.out, kRows * v_.positions, s_.out_before);
+        LineFetcher meanwhile = ahead;
+        add_values_of<T, T, kRows>(rows, list, count, weights, v_.dim, s_.out, v_.positions, meanwhile);
+        if (!hidden || all_finite(Broadcast{s_.out, v_.positions}, kRows, v_.positions)) return;
+        std::copy_n(s_.out_before, kRows * v_.positions, s_.out);
       }
     }
-    for (std::int64_t first = 0; converted && first < count_; first += kConvertedValues) {
-      const std::int32_t* const list = s_.keys + first;
-      const std::int64_t count = std::min(kConvertedValues, count_ - first);
-      convert(v_, scale, block, block.v, list, count, s_.v_converted);
-      if (hidden) take_out_not_finite(block, list, count, weights);
-      const float* rows[kDecodeKeys];
-      for (std::int64_t n = 0; n < count; ++n) rows[list[n]] = s_.v_converted + n * kConvertedStride;
-      add_values_of<T, float, kRows>(rows, list, count, weights, v_.positions, s_.out, v_.positions, ahead);
+    for (std::int64_t n = 0; n < count; n += kConvertedValues) {
+      const std::int64_t begin = first + n, part = std::min(kConvertedValues, count - n);
+      convert(v_, problem_.cache.v_scale, rows, begin, part, s_.v_converted, key_at);
+      if (hidden) take_out_not_finite(begin, part, weights, sees);
+      const float* converted[kDecodeKeys];
+      for (std::int64_t i = 0; i < part; ++i) converted[begin + i] = s_.v_converted + i * kConvertedStride;
+      add_values_of<T, float, kRows>(converted, s_.all_keys + begin, part, weights, v_.positions, s_.out, v_.positions,
+                                     ahead);
     }
   }
 
   // A hidden weight is 0, but 0·NaN is NaN: values that are not finite are replaced by 0 and given to the rows that see
   // them.
-  void take_out_not_finite(const Block& block, const std::int32_t* list, std::int64_t count, const float* weights) {
-    for (std::int64_t n = 0; n < count; ++n) {
-      const std::int64_t i = list[n], key = block.keys.first + i;
-      float* const row = s_.v_converted + n * kConvertedStride;
-      if (all_finite(Broadcast{row, 0}, 1, v_.positions)) continue;
+  template <class Sees>
+  void take_out_not_finite(std::int64_t first, std::int64_t count, const float* weights, const Sees& sees) {
+    if (all_finite(Broadcast{s_.v_converted, kConvertedStride}, count, v_.positions)) return;
+    for (std::int64_t i = first; i < first + count; ++i) {
+      float* const row = s_.v_converted + (i - first) * kConvertedStride;
       for (std::int64_t p = 0; p < v_.positions; ++p) {
         if (std::isfinite(row[p])) continue;
         for (std::int64_t r = 0; r < kRows; ++r) {
-          if (key < s_.begin[r] || key >= s_.end[r]) continue;
-          s_.out[r * v_.positions + p] += weights[i * kRows + r] * row[p];
+          if (sees(i, r)) s_.out[r * v_.positions + p] += weights[i * kRows + r] * row[p];
         }
         row[p] = 0.0f;
       }
     }
   }
 
-  // First all scores, so that the rows' largest are known; then only the values whose weight is above the threshold.
-  void run_dropping() {
-    std::int64_t tile = 0;
-    for_each_block(true, false, [&](const Block& block) {
-      score(block, s_.scores + tile);
-      for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-        s_.maximum[lane] = std::max(s_.maximum[lane], s_.tile_maximum[lane]);
-      }
-      tile += kTileSize;
-    });
-    std::copy_n(s_.maximum, kLanes, s_.tile_maximum);
-    tile = 0;
-    for_each_block(false, true, [&](const Block& block) {
-      softmax(block, s_.scores + tile);
-      keep_large(block, s_.scores + tile);
-      for (std::int64_t n = 0; n < count_; ++n) fetch_value(block.v[s_.keys[n]]);
-      Block alone = block;  // the next block's rows may not be needed
-      alone.v_next = block.v;
-      if (count_ > 0) add_values(alone, s_.scores + tile);
-      tile += kTileSize;
-    });
-  }
-
-  void fetch_value(const T* row) const {
-    for (std::int64_t d = 0; d < v_.dim; d += kLineElements) fetch_ahead(row + d);
-  }
-
-  void keep_large(const Block& block, float* weights) {
+  // Scores → weights. Those of keys that count for some row move to the front, their keys to `kept`; returns how many.
+  // A NaN counts.
+  std::int64_t keep_large(float* scores, std::int32_t* kept) {
     const FloatTag f;
     const Floats threshold = hn::Set(f, static_cast<float>(problem_.prob_threshold));
-    count_ = 0;
-    for (std::int64_t k = 0; k < kTileKeys; ++k) {
-      const Floats w = hn::Load(f, weights + k * kLanes);
-      const auto small = hn::Le(w, threshold);  // NaN is kept
-      if (hn::AllTrue(f, small)) continue;
-      hn::Store(hn::IfThenZeroElse(small, w), f, weights + k * kLanes);
-      for (std::int64_t e = 0; e < kPartials; ++e) {
-        const std::int64_t i = k * kPartials + e, key = block.keys.first + i;
-        const float* row = weights + i * kRows;
-        if (key < block.keys.begin || key >= block.keys.end) continue;
-        if (std::any_of(row, row + kRows, [](float x) { return x != 0.0f; })) {
-          s_.keys[count_++] = static_cast<std::int32_t>(i);
+    const std::int64_t start = task_.begin / kDecodeKeys * kDecodeKeys;
+    std::int64_t count = 0;
+    for (std::int64_t first = start; first < task_.end; first += kDecodeKeys) {
+      float* const weights = scores + (first - start) * kRows;
+      std::copy_n(s_.maximum, kLanes, s_.tile_maximum);
+      softmax(first, weights);
+      for (std::int64_t k = 0; k < kDecodeKeys; k += kPartials) {
+        const Floats w = hn::Load(f, weights + k * kRows);
+        const auto small = hn::Le(w, threshold);
+        std::uint64_t keys = first_bits_of_keys(hn::Not(small));
+        if (keys == 0) continue;
+        const std::uint64_t lanes = keys * ((1u << kRows) - 1);
+        const auto of_kept = hn::LoadMaskBits(f, reinterpret_cast<const std::uint8_t*>(&lanes));
+        hn::CompressStore(hn::IfThenZeroElse(small, w), of_kept, f, scores + count * kRows);
+        for (; keys != 0; keys &= keys - 1) {
+          kept[count++] = static_cast<std::int32_t>(first + k + __builtin_ctzll(keys) / kRows);
         }
       }
+    }
+    return count;
+  }
+
+  // The first lane of every key that has a lane in the mask, as bits.
+  static HWY_INLINE std::uint64_t first_bits_of_keys(hn::Mask<FloatTag> mask) {
+    std::uint64_t bits = 0;
+    hn::StoreMaskBits(FloatTag(), mask, reinterpret_cast<std::uint8_t*>(&bits));
+    std::uint64_t first = 1;
+    for (int width = kRows; width < kLanes; width *= 2) first |= first << width;
+    for (int shift = 1; shift < kRows; shift *= 2) bits |= bits >> shift;
+    return bits & first;
+  }
+
+  // weights[key][row] *= V's scale of the key; 0 stays, whatever the scale.
+  void scale_kept(const std::int32_t* kept, std::int64_t count, float* weights) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float factor = *reader_.group_scales(problem_.cache.v_scale, kept[i]);
+      float* const row = weights + i * kRows;
+      for (std::int64_t r = 0; r < kRows; ++r) row[r] = row[r] == 0.0f ? 0.0f : row[r] * factor;
+    }
+  }
+
+  // Values of kept keys, a block's worth at a time, while those of the next are fetched.
+  void add_kept_values(float* weights, const std::int32_t* kept, std::int64_t count) {
+    const T** const rows = reinterpret_cast<const T**>(s_.v_rows);
+    if (problem_.cache.v_scale && !v_.group_scales) scale_kept(kept, count, weights);
+    const auto locate = [&](std::int64_t first, std::int64_t at) {
+      for (std::int64_t i = 0; i < kDecodeKeys && first < count; ++i) {
+        rows[at + i] = reader_.row(problem_.cache.v, kept[std::min(first + i, count - 1)]);
+      }
+    };
+    locate(0, 0);
+    for (std::int64_t first = 0; first < count; first += kDecodeKeys) {
+      const std::int64_t part = std::min(kDecodeKeys, count - first);
+      const bool last = first + part == count;
+      locate(last ? first : first + kDecodeKeys, kDecodeKeys);
+      const float* const of_part = weights + first * kRows;
+      add_value_rows(
+          rows, 0, part, of_part, /*hidden=*/kRows > 1, lines_of(v_, rows + kDecodeKeys),
+          [&](std::int64_t i) { return kept[first + i]; },
+          [&](std::int64_t i, std::int64_t r) { return of_part[i * kRows + r] != 0.0f; });
+      if (!last) std::copy_n(rows + kDecodeKeys, kDecodeKeys, rows);
     }
   }
 
@@ -551,11 +396,9 @@ class DecodeTask {
   const ScoreTerms& terms_;
   const CachedTask& task_;
   DecodeState& s_;
-  RowSet rows_;
+  Tile tile_;
   CacheReader<T> reader_;
   StoredSide k_, v_;
-  std::int64_t max_begin_ = 0, min_end_ = 0;
-  std::int64_t count_ = 0;  // of s_.keys
 };
 
 #endif  // !HWY_HAVE_SCALABLE

@@ -1,0 +1,99 @@
+// cpu/decode_state-inl.h: what a task of few query rows keeps, and how it reads K and V.
+#if defined(ONEPASS_CPU_DECODE_STATE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ONEPASS_CPU_DECODE_STATE_INL_H_
+#undef ONEPASS_CPU_DECODE_STATE_INL_H_
+#else
+#define ONEPASS_CPU_DECODE_STATE_INL_H_
+#endif
+
+#include "cpu/arena.h"
+#include "cpu/cached_plan.h"
+#include "cpu/decode_bytes-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace onepass::cpu::HWY_NAMESPACE {
+#if !HWY_HAVE_SCALABLE
+
+// Rows of a tile: the fewest that hold `count`, of 1, L/4, L/2 and L.
+inline std::int64_t tile_rows(std::int64_t count) {
+  if (count == 1) return 1;
+  return count <= kLanes / 4 ? kLanes / 4 : count <= kLanes / 2 ? kLanes / 2 : kLanes;
+}
+
+// How one of K and V is read.
+struct StoredSide {
+  std::int64_t dim;        // channels
+  std::int64_t positions;  // floats of a row in a tile: dim, rounded up to vectors
+  bool natural;            // converted in channel order; else in the order of Unpack
+  bool group_scales;       // applied while converting
+  bool bytes = false;      // not converted, or in the order of ByteProducts
+
+  template <class T>
+  static StoredSide of(const KVStorage& cache, std::int64_t dim) {
+    const bool groups = cache.granularity == ScaleGranularity::kGroup;
+    const bool natural = groups || !Unpack<T>::kFast || dim % chunk_elements<T>() != 0;
+    return {dim, padded(dim), natural, groups};
+  }
+  // Whether rows are converted in the order of Unpack.
+  bool unpacked() const { return !natural && !bytes; }
+
+  // The channel that lies at a position; positions past `dim` hold none.
+  template <class T>
+  std::int64_t channel(std::int64_t position) const {
+    if (natural) return position;
+    if (bytes) return position / kByteChunk * kByteChunk + byte_channel(position % kByteChunk);
+    const std::int64_t chunk = chunk_elements<T>();
+    return position / chunk * chunk + Unpack<T>::channel(position % chunk);
+  }
+};
+
+// Floats unless said.
+struct DecodeState {
+  float* q;       // [positions of K / E][lane]
+  float* scores;  // [kDecodeKeys / E][lane]
+  float* out;     // [row][positions of V], not yet divided by the sum
+  float* out_before;
+  float* maximum;       // [lane]
+  float* sum;           // [lane]
+  float* rescale;       // [lane]
+  float* tile_maximum;  // [lane]
+  float* k_converted;   // [key][kConvertedStride]
+  float* v_converted;
+  float* scales;        // [key], and one vector past the end
+  float* staging;       // [positions]
+  float* row_terms;     // [kDecodeKeys]
+  std::int32_t* begin;  // [lane]: visible keys, as in Lanes
+  std::int32_t* end;
+  std::int32_t* center;
+  float* slope;
+  const void** k_rows;  // [key] of this block, then of the next
+  const void** v_rows;
+  std::int32_t* all_keys;  // 0, 1, …
+  ByteState bytes;
+
+  void take(Arena& arena, const CachedProblem& problem) {
+    const KVStorage& cache = problem.cache;
+    const std::int64_t k_positions = padded(cache.head_dim), v_positions = padded(cache.head_dim_v);
+    q = arena.take<float>(k_positions * kLanes);
+    scores = arena.take<float>(kDecodeKeys * kLanes);
+    out = arena.take<float>(v_positions * kLanes);
+    out_before = arena.take<float>(v_positions * kLanes);
+    for (float** lane : {&maximum, &sum, &rescale, &tile_maximum, &slope}) *lane = arena.take<float>(kLanes);
+    for (std::int32_t** lane : {&begin, &end, &center}) *lane = arena.take<std::int32_t>(kLanes);
+    k_converted = arena.take<float>(kConvertedKeys * kConvertedStride);
+    v_converted = arena.take<float>(kConvertedValues * kConvertedStride);
+    scales = arena.take<float>(kDecodeKeys + kLanes);
+    staging = arena.take<float>(std::max(k_positions, v_positions));
+    row_terms = arena.take<float>(kDecodeKeys);
+    k_rows = arena.take<const void*>(2 * kDecodeKeys);
+    v_rows = arena.take<const void*>(2 * kDecodeKeys);
+    all_keys = arena.take<std::int32_t>(kDecodeKeys);
+    if (kHasByteDot && cache.dtype == DType::kInt8) bytes.take(arena, cache.head_dim, cache.head_dim_v);
+  }
+};
+
+#endif  // !HWY_HAVE_SCALABLE
+}  // namespace onepass::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard
