@@ -116,15 +116,17 @@ class Naive {
   }
 
   void multiply_values() {
+    Matrix sums(c.head_dim_v);
     for (std::int64_t i = 0; i < rows; ++i) {
-      for (std::int64_t d = 0; d < c.head_dim_v; ++d) {
-        Accumulator sum = 0;
-        for (std::int64_t j = 0; j < columns; ++j) {
-          if (!in.visible(batch, i, j)) continue;
-          sum += round(p[i * columns + j] * dropout(i, j)) * Accumulator(in.v[key(j) * c.head_dim_v + d]);
-        }
-        results.out[in.query_row(batch, query_head, i) * c.head_dim_v + d] = round(sum);
+      std::fill(sums.begin(), sums.end(), Accumulator(0));
+      for (std::int64_t j = 0; j < columns; ++j) {
+        if (!in.visible(batch, i, j)) continue;
+        const Accumulator weight = round(p[i * columns + j] * dropout(i, j));
+        const double* v = in.v.data() + key(j) * c.head_dim_v;
+        for (std::int64_t d = 0; d < c.head_dim_v; ++d) sums[d] += weight * Accumulator(v[d]);
       }
+      double* out = results.out.data() + in.query_row(batch, query_head, i) * c.head_dim_v;
+      for (std::int64_t d = 0; d < c.head_dim_v; ++d) out[d] = round(sums[d]);
     }
   }
 
