@@ -56,7 +56,7 @@ struct QueryTileShape {
 };
 
 // Rows of one block of the statistics kernel. Where an LSE of a block exceeds what 2^(c·s − c·lse) by one FMA can take
-// (kFusedLimit), its LSEs are in natural units and the difference comes first.
+// (kFusedLimit), and for float32, its LSEs are in natural units and the difference comes first.
 template <bool kFloat>
 inline constexpr int kStatisticsRows = kFloat ? 32 : 64;
 

@@ -67,7 +67,7 @@ struct OnlineSoftmax {
 // Replaces scores by weights 2^(scale·(s − max)). The accumulator, `sums` included, is rescaled only when a maximum of
 // the warp has grown by more than 2^kSlack, so that most blocks skip that work; until then weights may reach 2^kSlack,
 // far inside float16.
-template <int R, int C, int CO>
+template <bool kFloat, int R, int C, int CO>
 ONEPASS_DEVICE void softmax_step(float (&s)[R][C][4], float (&o)[R][CO][4], float (&sums)[R][4],
                                  OnlineSoftmax<2 * R>& state, float scale, bool exact_sums) {
   constexpr float kSlack = 8.0f;
@@ -98,10 +98,11 @@ ONEPASS_DEVICE void softmax_step(float (&s)[R][C][4], float (&o)[R][CO][4], floa
     }
     state.compare_with_limit(scale);
   }
-  if (state.beyond_fused) for_each_element(s, [&](float& x, int r, int, int e) { x -= state.base(2 * r + e / 2); });
+  const bool difference_first = kFloat || state.beyond_fused;  // float32 is worth one more rounding
+  if (difference_first) for_each_element(s, [&](float& x, int r, int, int e) { x -= state.base(2 * r + e / 2); });
 #pragma unroll
   for (int i = 0; i < 2 * R; ++i) {
-    const float base = state.beyond_fused ? 0.0f : state.base(i) * scale;
+    const float base = difference_first ? 0.0f : state.base(i) * scale;
 #pragma unroll
     for (int c = 0; c < C; ++c)
 #pragma unroll
@@ -131,16 +132,17 @@ ONEPASS_DEVICE void store_weights(const float (&p)[R][C][4], unsigned char* weig
 
 // Divides the rows by their sums (`from_exact`: not those of the product, which dropout would miss) and writes their
 // log-sum-exp.
-template <bool kTerms, int R, int CO>
+template <class Config, int R, int CO>
 ONEPASS_DEVICE void finish_rows(const ForwardArguments& arguments, float (&o)[R][CO][4], const float (&sums)[R][4],
                                 const OnlineSoftmax<2 * R>& state, bool from_exact, float survivor_scale, int batch,
                                 int head, const DeviceSequence& sequence, int first_row) {
 #pragma unroll
   for (int i = 0; i < 2 * R; ++i) {
     const float exact = quad_sum(state.sum[i]);
-    const RowEnd end = finish_row(
-        arguments.problem, head, state.base(i), arguments.scale_log2, kTerms ? 1.0f : arguments.problem.softmax_scale,
-        from_exact ? exact : sums[i / 2][2 * (i % 2)], exact, state.largest[i] == -kInfinity, survivor_scale);
+    const RowEnd end = finish_row(arguments.problem, head, state.base(i), arguments.scale_log2,
+                                  Config::kTerms ? 1.0f : arguments.problem.softmax_scale, !Config::kFloat,
+                                  from_exact ? exact : sums[i / 2][2 * (i % 2)], exact, state.largest[i] == -kInfinity,
+                                  survivor_scale);
 #pragma unroll
     for (int c = 0; c < CO; ++c) {
       o[i / 2][c][2 * (i % 2)] *= end.factor;
@@ -173,8 +175,9 @@ ONEPASS_DEVICE void resume_rows(const ForwardArguments& arguments, float (&o)[R]
     if (of_row == -kInfinity) continue;
     state.largest[i] = of_row / unit;
     const float base = state.largest[i] * arguments.scale_log2;  // rounded, as it is subtracted from logits
-    const float weight = fabsf(base) < kFusedLimit ? expf(fmaf(of_row, kLog2e, -base) * kLn2) : 1.0f;
-    state.sum[i] = t == 0 ? weight : 0.0f;
+    const bool fused = !Config::kFloat && fabsf(base) < kFusedLimit;
+    const float weight = fused ? expf(fmaf(of_row, kLog2e, -base) * kLn2) : 1.0f;
+    state.sum[i] = 0.25f * weight;  // of four lanes
     sums[i / 2][2 * (i % 2)] = sums[i / 2][2 * (i % 2) + 1] = weight;
 #pragma unroll
     for (int c = 0; c < CO; ++c) {
@@ -340,7 +343,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Shape::kBlocksPerMul
     }
     if (!Config::kCrowded && block > first_block) load_keys(block - 1);
 
-    softmax_step(s, o, sums, state, scale, exact_sums);
+    softmax_step<Config::kFloat>(s, o, sums, state, scale, exact_sums);
     if constexpr (Config::kTerms) {
       if (dropout.active) {
         for_each_dropout<R, C>(dropout, at, [&](int r, int c, int e, bool survives) {
@@ -367,8 +370,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Shape::kBlocksPerMul
     }
   }
 
-  finish_rows<Config::kTerms>(arguments, o, sums, state, !Config::kProductSums || (Config::kTerms && dropout.active),
-                              Config::kTerms ? dropout.survivor_scale : 1.0f, batch, head, sequence, first_row);
+  // A sum that starts from 1 loses more to equal small addends than its parts do.
+  const bool from_exact =
+      !Config::kProductSums || (Config::kTerms && dropout.active) || (Config::kFloat && arguments.resume);
+  finish_rows<Config>(arguments, o, sums, state, from_exact, Config::kTerms ? dropout.survivor_scale : 1.0f, batch,
+                      head, sequence, first_row);
   store_output<Config>(o, query_tile, warp_row);
   __syncwarp();
   const auto out = global_rows<T>(problem.out, batch, head, sequence.query_start, head_dim_v, vectorized.out);

@@ -12,11 +12,11 @@ struct RowEnd {
 };
 
 // `score`: the row's largest, which `scale_log2` takes to log2 units and `unit` to natural ones; `denominator` and
-// `exact` are sums of 2^(logit − largest), of the weights as the product with the values rounds them and of the exact
-// ones (0 when no log-sum-exp is wanted); `all_masked`: every logit was −inf. A sink joins the denominator of rows that
-// see a key.
+// `exact` are sums of 2^(logit − largest) (`fused`: by one FMA below kFusedLimit), of the weights as the product with
+// the values rounds them and of the exact ones (0 when no log-sum-exp is wanted); `all_masked`: every logit was −inf. A
+// sink joins the denominator of rows that see a key.
 ONEPASS_DEVICE RowEnd finish_row(const Problem& problem, int head, float score, float scale_log2, float unit,
-                                 float denominator, float exact, bool all_masked, float survivor_scale) {
+                                 bool fused, float denominator, float exact, bool all_masked, float survivor_scale) {
   if (all_masked && denominator == 0.0f) return {0.0f, -kInfinity};  // a row of NaNs has no maximum, but a NaN sum
   const float base = score * scale_log2;
   float rescale = 1.0f, largest = base, logit = score * unit, sink_weight = 0.0f;
@@ -27,8 +27,8 @@ ONEPASS_DEVICE RowEnd finish_row(const Problem& problem, int head, float score, 
     rescale = exp2_approx(base - largest);
     sink_weight = exp2_approx(sink * kLog2e - largest);
   }
-  // Below the limit from the same rounded product as the weights, whose common factor then cancels.
-  const float log_largest = fabsf(largest) < kFusedLimit ? largest * kLn2 : logit;
+  // Fused, from the same rounded product as the weights, whose common factor then cancels.
+  const float log_largest = fused && fabsf(largest) < kFusedLimit ? largest * kLn2 : logit;
   return {rescale * survivor_scale / (denominator * rescale + sink_weight),
           log_largest + logf(exact * rescale + sink_weight)};
 }

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(2 * kStatisticsRows<std::is_same_v<T, float>>)
     lse[half] = mine && query < sequence.seqlen_q ? lse_rows[query * problem.lse.token_stride] : -kInfinity;
     beyond |= lse[half] != -kInfinity && fabsf(lse[half] * kLog2e) >= kFusedLimit;
   }
-  const bool natural = __syncthreads_or(beyond);
+  const bool natural = __syncthreads_or(beyond || kFloat);  // float32: one rounding less
   if (threadIdx.x == 0) arguments.natural[padded / kRows] = natural;
   if (!mine) return;
 #pragma unroll
