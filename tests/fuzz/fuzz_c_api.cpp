@@ -23,8 +23,9 @@ struct Call {
   bool forward_accepted = false;  // by the last run
   Slot q, k, v, out, lse, total, dout, dq, dk, dv, dbias, dsinks;
   Slot bias, sinks, slopes, key_begin, key_end, cu_q, cu_k;
-  std::vector<Slot*> slots{&q,     &k,      &v,    &out,   &lse,    &total,     &dout,    &dq,   &dk,  &dv,
-                           &dbias, &dsinks, &bias, &sinks, &slopes, &key_begin, &key_end, &cu_q, &cu_k};
+  Slot q2, k2, dq2, dk2;  // piecewise attention, when given
+  std::vector<Slot*> slots{&q,    &k,     &v,      &out,       &lse,     &total, &dout, &dq, &dk, &dv,  &dbias, &dsinks,
+                           &bias, &sinks, &slopes, &key_begin, &key_end, &cu_q,  &cu_k, &q2, &k2, &dq2, &dk2};
   onepass_attention_options options = ONEPASS_ATTENTION_OPTIONS_INIT;
 
  private:
@@ -32,7 +33,8 @@ struct Call {
   void spoil(Bytes& bytes);
   void allocate(Bytes& bytes);
 
-  bool ragged_ = false;
+  bool ragged_ = false, piecewise_ = false;
+  std::int64_t dist_threshold_ = 0;
 };
 
 void Call::describe(Bytes& bytes) {
@@ -69,6 +71,16 @@ void Call::describe(Bytes& bytes) {
     operand(dq, Role::kOutput, heads, sq, dim);
     operand(dk, Role::kOutput, heads_kv, sk, dim);
     operand(dv, Role::kOutput, heads_kv, sk, dim_v);
+  }
+  piecewise_ = !ragged_ && bytes.one_in(3);
+  if (piecewise_) {
+    dist_threshold_ = bytes.one_in(4) ? bytes.wild() : bytes.below(60) - 10;
+    operand(q2, Role::kInput, heads, sq, dim);
+    operand(k2, Role::kInput, heads_kv, sk, dim);
+    if (backward) {
+      operand(dq2, Role::kOutput, heads, sq, dim);
+      operand(dk2, Role::kOutput, heads_kv, sk, dim);
+    }
   }
   if (ragged_) {
     set(cu_q, Role::kIndex, ONEPASS_INT32, {batch + 1});
@@ -157,8 +169,10 @@ onepass_status Call::run(const char* backend) {
   outputs.lse = lse.view();
   outputs.total_attention = total.view();
   const onepass_status forward =
-      checked(ragged_ ? onepass_varlen_attention(q.view(), k.view(), v.view(), &shape, &outputs, &options, &context)
-                      : onepass_attention(q.view(), k.view(), v.view(), &outputs, &options, &context));
+      checked(piecewise_ ? onepass_piecewise_attention(q.view(), k.view(), q2.view(), k2.view(), v.view(),
+                                                       dist_threshold_, &outputs, &options, &context)
+              : ragged_  ? onepass_varlen_attention(q.view(), k.view(), v.view(), &shape, &outputs, &options, &context)
+                         : onepass_attention(q.view(), k.view(), v.view(), &outputs, &options, &context));
   forward_accepted = forward == ONEPASS_OK;
   if (!backward) return forward;
   // Also after a refused forward: with the same spoilt arguments, or with what happens to be in out and lse.
@@ -168,6 +182,13 @@ onepass_status Call::run(const char* backend) {
   gradients.dv = dv.view();
   gradients.dbias = dbias.view();
   gradients.dsinks = dsinks.view();
+  if (piecewise_) {
+    gradients.dq2 = dq2.view();
+    gradients.dk2 = dk2.view();
+    return checked(onepass_piecewise_attention_backward(dout.view(), q.view(), k.view(), q2.view(), k2.view(), v.view(),
+                                                        dist_threshold_, out.view(), lse.view(), &gradients, &options,
+                                                        &context));
+  }
   return checked(ragged_ ? onepass_varlen_attention_backward(dout.view(), q.view(), k.view(), v.view(), &shape,
                                                              out.view(), lse.view(), &gradients, &options, &context)
                          : onepass_attention_backward(dout.view(), q.view(), k.view(), v.view(), out.view(), lse.view(),
@@ -182,8 +203,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   Bytes bytes(data, size);
   Call call(bytes);
   if (!call.usable) return 0;
-  const std::vector<Slot*> outputs{&call.out, &call.lse, &call.total, &call.dq,
-                                   &call.dk,  &call.dv,  &call.dbias, &call.dsinks};
+  const std::vector<Slot*> outputs{&call.out, &call.lse,   &call.total,  &call.dq,  &call.dk,
+                                   &call.dv,  &call.dbias, &call.dsinks, &call.dq2, &call.dk2};
   const onepass_status status = call.run(nullptr);
   if (status != ONEPASS_OK) {
     for (const Slot* slot : outputs) {
