@@ -48,13 +48,15 @@ HWY_INLINE void add_partials(Floats* v) {
   }
 }
 
-// scores[key] for `keys` keys, a multiple of kConvertedKeys, and one row. next[key] is fetched ahead.
+// scores[key] for `keys` keys, a multiple of kConvertedKeys, and one row. next[key] is fetched ahead. Like the other
+// functions that read storage: false when it must be converted exactly.
 template <class T>
-HWY_NOINLINE void score_one_row(const T* const* rows, const T* const* next, std::int64_t keys,
+HWY_NOINLINE bool score_one_row(const T* const* rows, const T* const* next, std::int64_t keys,
                                 const float* HWY_RESTRICT q, std::int64_t dim, float* HWY_RESTRICT scores) {
   const FloatTag f;
   constexpr int kVectors = Unpack<T>::kVectors;
   constexpr std::int64_t kChunk = kVectors * kLanes;
+  NanWatch<T> watch;
   for (std::int64_t key = 0; key < keys; key += kLanes) {
     Floats sums[kLanes];
     HWY_UNROLL(16)
@@ -67,6 +69,7 @@ HWY_NOINLINE void score_one_row(const T* const* rows, const T* const* next, std:
       for (int i = 0; i < kLanes; ++i) {
         Floats kv[kVectors];
         Unpack<T>::load(rows[key + i] + d, kv);
+        watch.see(rows[key + i] + d);
         fetch_ahead(next[key + i] + d);
         HWY_UNROLL(4)
         for (int j = 0; j < kVectors; ++j) sums[i] = hn::MulAdd(kv[j], qv[j], sums[i]);
@@ -75,6 +78,7 @@ HWY_NOINLINE void score_one_row(const T* const* rows, const T* const* next, std:
     add_partials<kLanes, kLanes>(sums);
     hn::Store(sums[0], f, scores + key);
   }
+  return !watch.found();
 }
 
 // E floats at p in every group of E lanes.
@@ -122,32 +126,36 @@ HWY_NOINLINE void score_rows(const float* HWY_RESTRICT keys, const float* HWY_RE
 
 // The listed rows in storage order of Unpack, converted one behind the other.
 template <class T>
-HWY_NOINLINE void convert_block(const T* const* rows, const std::int32_t* keys, std::int64_t count, std::int64_t dim,
+HWY_NOINLINE bool convert_block(const T* const* rows, const std::int32_t* keys, std::int64_t count, std::int64_t dim,
                                 float* dst) {
   const FloatTag f;
   constexpr int kVectors = Unpack<T>::kVectors;
+  NanWatch<T> watch;
   for (std::int64_t n = 0; n < count; ++n) {
     const T* HWY_RESTRICT row = rows[keys[n]];
     float* HWY_RESTRICT to = dst + n * kConvertedStride;
     for (std::int64_t d = 0; d < dim; d += kVectors * kLanes) {
       Floats v[kVectors];
       Unpack<T>::load(row + d, v);
+      watch.see(row + d);
       HWY_UNROLL(4)
       for (int j = 0; j < kVectors; ++j) hn::Store(v[j], f, to + d + j * kLanes);
     }
   }
+  return !watch.found();
 }
 
 // out[row][s] += Σ_key weights[key][row]·v[key][s] for kWidth vectors from position s on. Keys are those listed.
 // `ahead` fetches as much of what is stored as T meanwhile.
 template <class T, class V, int kRows, int kWidth>
-HWY_INLINE void add_value_columns(const V* const* rows, const std::int32_t* keys, std::int64_t count,
+HWY_INLINE bool add_value_columns(const V* const* rows, const std::int32_t* keys, std::int64_t count,
                                   const float* HWY_RESTRICT weights, std::int64_t s, float* HWY_RESTRICT out,
                                   std::int64_t stride, LineFetcher& fetcher) {
   const FloatTag f;
   constexpr int kVectors = Unpack<V>::kVectors;
   constexpr int kStepBytes = kWidth * kLanes * sizeof(T);
   LineFetcher ahead = fetcher;
+  NanWatch<V> watch;
   Floats sums[kRows * kWidth];
   HWY_UNROLL(16)
   for (int i = 0; i < kRows * kWidth; ++i) sums[i] = hn::Load(f, out + (i / kWidth) * stride + s + i % kWidth * kLanes);
@@ -156,7 +164,10 @@ HWY_INLINE void add_value_columns(const V* const* rows, const std::int32_t* keys
     Floats v[kWidth];
     ahead.keep_pace<kStepBytes>(n);
     HWY_UNROLL(8)
-    for (int j = 0; j < kWidth; j += kVectors) Unpack<V>::load(rows[key] + s + j * kLanes, v + j);
+    for (int j = 0; j < kWidth; j += kVectors) {
+      Unpack<V>::load(rows[key] + s + j * kLanes, v + j);
+      watch.see(rows[key] + s + j * kLanes);
+    }
     HWY_UNROLL(16)
     for (int r = 0; r < kRows; ++r) {
       const Floats p = hn::Set(f, weights[key * kRows + r]);
@@ -169,6 +180,7 @@ HWY_INLINE void add_value_columns(const V* const* rows, const std::int32_t* keys
   for (int i = 0; i < kRows * kWidth; ++i) {
     hn::Store(sums[i], f, out + (i / kWidth) * stride + s + i % kWidth * kLanes);
   }
+  return !watch.found();
 }
 
 // Vectors of a pass over the values: as many as the accumulators hold for this many rows, at most 8.
@@ -180,17 +192,19 @@ template <class T, int kRows>
 inline constexpr bool kReadsStorage = Unpack<T>::kFast&& Unpack<T>::kVectors <= kValueWidth<kRows>;
 
 template <class T, class V, int kRows, int kWidth = kValueWidth<kRows>>
-HWY_NOINLINE void add_values_of(const V* const* rows, const std::int32_t* keys, std::int64_t count,
+HWY_NOINLINE bool add_values_of(const V* const* rows, const std::int32_t* keys, std::int64_t count,
                                 const float* weights, std::int64_t dim, float* out, std::int64_t stride,
                                 LineFetcher& ahead, std::int64_t first = 0) {
+  bool good = true;
   for (; first + kWidth * kLanes <= dim; first += kWidth * kLanes) {
-    add_value_columns<T, V, kRows, kWidth>(rows, keys, count, weights, first, out, stride, ahead);
+    good &= add_value_columns<T, V, kRows, kWidth>(rows, keys, count, weights, first, out, stride, ahead);
   }
   if constexpr (kWidth / 2 >= Unpack<V>::kVectors) {
     if (first < dim) {
-      add_values_of<T, V, kRows, kWidth / 2>(rows, keys, count, weights, dim, out, stride, ahead, first);
+      good &= add_values_of<T, V, kRows, kWidth / 2>(rows, keys, count, weights, dim, out, stride, ahead, first);
     }
   }
+  return good;
 }
 
 #endif  // !HWY_HAVE_SCALABLE

@@ -177,10 +177,7 @@ class DecodeTask {
   void convert(const StoredSide& side, const CacheScale& scale, const T* const* rows, std::int64_t first,
                std::int64_t count, float* dst, const F& key_at) {
     if constexpr (Unpack<T>::kFast) {
-      const std::int32_t* const list = s_.all_keys + first;
-      if (side.unpacked() && !has_nan<T>(rows, list, count, side.dim)) {
-        return convert_block<T>(rows, list, count, side.dim, dst);
-      }
+      if (side.unpacked() && convert_block<T>(rows, s_.all_keys + first, count, side.dim, dst)) return;
     }
     for (std::int64_t n = 0; n < count; ++n) {
       const T* const row = rows[first + n];
@@ -208,9 +205,7 @@ class DecodeTask {
       }
     }
     if constexpr (kRows == 1 && Unpack<T>::kFast) {
-      if (!k_.natural && !has_nan<T>(block.k, s_.all_keys, kDecodeKeys, k_.dim)) {
-        return score_one_row<T>(block.k, block.k_next, kDecodeKeys, s_.q, k_.dim, scores);
-      }
+      if (!k_.natural && score_one_row<T>(block.k, block.k_next, kDecodeKeys, s_.q, k_.dim, scores)) return;
     }
     for (std::int64_t first = 0; first < kDecodeKeys; first += kConvertedKeys) {
       convert(k_, problem_.cache.k_scale, block.k, first, kConvertedKeys, s_.k_converted,
@@ -285,12 +280,14 @@ class DecodeTask {
                       LineFetcher ahead, const KeyAt& key_at, const Sees& sees) {
     const std::int32_t* const list = s_.all_keys + first;
     if constexpr (kReadsStorage<T, kRows>) {
-      if (v_.unpacked() && !has_nan<T>(rows, list, count, v_.dim)) {
-        // A value that is not finite shows in the sums, hidden or not: then they are taken back.
-        if (hidden) std::copy_n(s_.out, kRows * v_.positions, s_.out_before);
+      if (v_.unpacked()) {
+        const bool retractable = hidden || NanWatch<T>::kNeeded;
+        if (retractable) std::copy_n(s_.out, kRows * v_.positions, s_.out_before);
         LineFetcher meanwhile = ahead;
-        add_values_of<T, T, kRows>(rows, list, count, weights, v_.dim, s_.out, v_.positions, meanwhile);
-        if (!hidden || all_finite(Broadcast{s_.out, v_.positions}, kRows, v_.positions)) return;
+        const bool good =
+            add_values_of<T, T, kRows>(rows, list, count, weights, v_.dim, s_.out, v_.positions, meanwhile);
+        // A hidden value that is not finite shows in the sums.
+        if (good && (!hidden || all_finite(Broadcast{s_.out, v_.positions}, kRows, v_.positions))) return;
         std::copy_n(s_.out_before, kRows * v_.positions, s_.out);
       }
     }
