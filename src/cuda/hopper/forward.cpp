@@ -9,6 +9,7 @@
 #include "cuda/device.h"
 #include "cuda/hopper/kernels.h"
 #include "cuda/hopper/tensor_map.h"
+#include "cuda/portable/head_dims.h"
 #include "cuda/portable/operations.h"
 #include "cuda/portable/ragged.h"
 #include "cuda/portable/total_attention.h"
@@ -18,7 +19,6 @@ namespace {
 
 constexpr std::int64_t kMaxTokens = std::int64_t{1} << 28;  // positions and window sums stay within int32
 constexpr std::int64_t kSectionBytes = 32 << 20;            // K and V of a section of heads: about half the L2
-constexpr std::int64_t kTallQueries = 8192;                 // from here 192-row tiles win (docs/hopper-forward.md)
 
 OperandShape query_shape(const Problem& p, std::int64_t dim) {
   return {dim, p.ragged() ? p.total_q : p.seqlen_q, p.num_heads, p.ragged() ? 1 : p.batch};
@@ -31,19 +31,21 @@ bool has_terms(const Problem& p) {
   return p.softcap > 0.0 || p.alibi_slopes != nullptr || p.bias || p.dropout_p > 0.0 || !(p.softmax_scale > 1e-20f);
 }
 
-bool is_banded(const Problem& p) { return p.window_left != kUnbounded || p.window_right != kUnbounded; }
+template <int kHeadDim>
+constexpr bool kCompiled = std::find(kHeadDims.begin(), kHeadDims.end(), kHeadDim) != kHeadDims.end();
 
+// Head dims up to kHeadDim, where this build has kernels for it.
 const ForwardKernel& choose_kernel(const Problem& p) {
   const std::int64_t dim = std::max(p.head_dim, p.head_dim_v);
-  const ForwardPair* pair;
-  if (has_terms(p)) {
-    pair = dim <= 64 ? &kForward64Terms : dim <= 128 ? &kForward128Terms : &kForward256Terms;
-  } else if (dim > 64 && dim <= 128 && !is_banded(p) && !p.ragged() && p.seqlen_q >= kTallQueries) {
-    pair = &kForward128Tall;
-  } else {
-    pair = dim <= 64 ? &kForward64 : dim <= 128 ? &kForward128 : &kForward256;
+  if constexpr (kCompiled<64>) {
+    if (dim <= 64) return (has_terms(p) ? kForward64Terms : kForward64).of(p.dtype);
   }
-  return pair->of(p.dtype);
+  if constexpr (kCompiled<128>) {
+    if (dim <= 128) return (has_terms(p) ? kForward128Terms : kForward128).of(p.dtype);
+  }
+  if constexpr (kCompiled<256>) return (has_terms(p) ? kForward256Terms : kForward256).of(p.dtype);
+  throw Error(ErrorCode::kUnsupported, std::string(p.operation) + ": head_dim: got " + std::to_string(dim) +
+                                           "; need a head_dim with kernels in this build");
 }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -128,7 +130,9 @@ void attend(const Problem& problem, const ExecutionContext& context) {
 Unsupported supports_forward(const Problem& p) {
   if (device_info(p.device.index).compute_capability != 90) return "a device that is not sm_90";
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return std::string(name_of(p.dtype)) + " tensors";
-  if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim above 256";
+  if (std::max(p.head_dim, p.head_dim_v) > kHeadDims.back()) {
+    return "head_dim above " + std::to_string(kHeadDims.back());
+  }
   if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) return "head_dim that is no multiple of 8";
   if (p.head_dim == 0 || p.head_dim_v == 0 || p.batch == 0 || p.num_heads == 0) return "an empty dimension";
   if (p.total_q == 0 || p.total_k == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "an empty dimension";
