@@ -38,10 +38,14 @@ class Case:
     causal: bool
     window: int | None = None
     lengths: tuple[int, ...] | None = None
+    seqlen_q: int | None = None  # of a chunk of queries, the last of the sequence; else seqlen
+    total_attention: bool = False  # as one more contender
 
     def flops(self) -> float:
         """Multiplications and additions of the visible (query, key) pairs."""
         pairs = 0.0
+        if self.seqlen_q is not None:
+            return 4.0 * self.batch * self.num_heads * self.head_dim * self.seqlen_q * self.seqlen
         for length in self.lengths or (self.seqlen,) * self.batch:
             if self.window is not None and self.window < length:
                 pairs += self.window * length - self.window * (self.window - 1) / 2
@@ -67,6 +71,10 @@ def cases(quick: bool) -> list[Case]:
     found += [Case("window 1024", 2, 16, 16, 16384, 128, True, window=1024)]
     mixture = (8192, 4096, 3000, 2048, 2048, 1500, 1024, 777, 512, 512, 333, 128)
     found += [Case("ragged", len(mixture), 16, 16, max(mixture), 128, True, lengths=mixture)]
+    found += [Case("ragged, even", 16, 16, 16, 2048, 128, True, lengths=(2048,) * 16)]
+    found += [Case("dense of it", 16, 16, 16, 2048, 128, True)]
+    found += [Case("chunk of 256", 1, 8, 1, length, 128, False, seqlen_q=256) for length in (8192, 16384, 32768, 65536)]
+    found += [Case("total attention", 4, 16, 16, 8192, 128, causal, total_attention=True) for causal in (False, True)]
     return found
 
 
@@ -84,13 +92,16 @@ def calls(case: Case) -> dict[str, Callable[[], object]]:
                 q, k, v, starts, starts, max_seqlen_q=longest, max_seqlen_k=longest, causal=case.causal
             )
         }
-    q = torch.randn(case.batch, case.num_heads, case.seqlen, case.head_dim, **options)
+    q = torch.randn(case.batch, case.num_heads, case.seqlen_q or case.seqlen, case.head_dim, **options)
     k, v = (torch.randn(case.batch, case.num_heads_kv, case.seqlen, case.head_dim, **options) for _ in range(2))
     window = None if case.window is None else (case.window - 1, 0)
     found: dict[str, Callable[[], object]] = {
         "onepass": lambda: onepass.attention(q, k, v, causal=case.causal, window=window)
     }
     if window is not None:
+        return found
+    if case.total_attention:
+        found["total attention"] = lambda: onepass.attention(q, k, v, causal=case.causal, return_total_attention=True)
         return found
     grouped = case.num_heads != case.num_heads_kv
 

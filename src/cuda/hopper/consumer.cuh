@@ -23,8 +23,10 @@ class Consumer {
   static constexpr int kKeys = Config::kKeys;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHalfKeys = Config::kHalfKeys;
-  // Weights below an old maximum may leave float16's range long before a row's sum says so.
-  static constexpr bool kSettles = std::is_same_v<Element, __half> && !Config::kTerms;
+  // Weights beside an old maximum may leave float16's range long before a row's sum leaves float's. At head_dim 256
+  // there are no registers for more than noticing it.
+  static constexpr bool kHalf = std::is_same_v<Element, __half>;
+  static constexpr bool kSettles = kHalf && kHeadDim <= 128 && !Config::kTerms;
 
   ONEPASS_DEVICE Consumer(const Problem& problem, const Plan& plan, const CUtensorMap* out_map,
                           const SharedLayout<Config>& shared, int warpgroup)
@@ -333,7 +335,8 @@ class Consumer {
     bool bad[2], found = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      bad[r] = !Config::kTerms && ((notes_ & kExtreme << r) != 0 || !(state_.sum[r] < kTotalLimit));
+      bad[r] = !Config::kTerms && ((notes_ & kExtreme << r) != 0 || !(state_.sum[r] < kTotalLimit) ||
+                                   (kHalf && !(fabsf(o_[2 * r]) < kInfinity)));
     if ((notes_ & kMasked) != 0) {
       float probe[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -372,9 +375,10 @@ class Consumer {
         const float extra = sum_not_finite<Element>(problem_, tile, row, column, begin, end);
         if (extra == 0.0f) continue;
         if (plan_.splits > 1) {
-          plan_.partial_out[partial_row(tile, row) * problem_.head_dim_v + column] = extra;
+          plan_.partial_out[partial_row(tile, row) * problem_.head_dim_v + column] += extra;
         } else {
-          out_row(tile, row)[column] = from_float<Element>(extra);
+          Element* const element = out_row(tile, row) + column;
+          *element = from_float<Element>(to_float(*element) + extra);
         }
       }
     }
