@@ -6,11 +6,13 @@ import pytest
 import torch
 from hf_models import Causal, padding
 from onepass.huggingface import VisibleKeys, onepass_attention, onepass_mask
+from transformers import masking_utils
 from transformers.masking_utils import (
+    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     chunked_causal_mask_function,
-    packed_sequence_compatibility_function,
+    packed_sequence_mask_function,
     sdpa_mask,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
@@ -60,7 +62,11 @@ def test_described_masks_equal_stored_masks(
 def test_packed_mask_equals_stored_mask() -> None:
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0]])
     ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 2]])
-    function = packed_sequence_compatibility_function(causal_mask_function, position_ids, ids)
+    inner = causal_mask_function
+    # Newer versions count positions from each sequence's start.
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        inner = masking_utils.remap_positions_for_packed_sequence(inner, position_ids)
+    function = and_masks(packed_sequence_mask_function(ids), inner)
     mask = onepass_mask(2, 7, 7, mask_function=function)
     want = sdpa_mask(2, 7, 7, mask_function=function, allow_is_causal_skip=False)
     assert mask.visibility.cu_seqlens.tolist() == [0, 3, 7, 12, 13, 14]
