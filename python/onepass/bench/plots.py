@@ -69,6 +69,9 @@ def _figure(rows: list[Row], kind: str, sweep: str, environment: dict[str, Any])
     for panel, dtype in zip(panels, dtypes, strict=True):
         _panel(panel, [row for row in rows if row["dtype"] == dtype], sweep, quantity, colors)
         panel.set(title=dtype, xlabel=AXES[sweep] + (", % of the sequences" if sweep == "prefill_fraction" else ""))
+    for panel in panels:
+        if panel.get_yscale() == "linear":
+            panel.set_ylim(bottom=0)
     panels[0].set_ylabel(_LABELS[quantity])
     handles: dict[str, Any] = {}
     for panel in panels:
@@ -141,8 +144,6 @@ def _panel(axes: Axes, rows: list[Row], sweep: str, quantity: str, colors: dict[
         axes.set_yscale("log", base=2)
     elif sweep == "seqlen_k" and quantity == "ms":
         axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
 
 
