@@ -33,7 +33,7 @@ namespace detail {
 // |x| ≤ the format's largest, as its 7 low bits: kMantissa fraction bits, exponent bias kBias. Subnormals are multiples
 // of 2^(1 − kBias − kMantissa); adding a power of two 23 bits above that unit lets the FPU round there.
 template <int kMantissa, int kBias>
-std::uint8_t float8_magnitude(float x) {
+constexpr std::uint8_t float8_magnitude(float x) {
   constexpr float kSmallestNormal = std::bit_cast<float>(static_cast<std::uint32_t>(128 - kBias) << 23);
   if (x < kSmallestNormal) {
     constexpr float kUnit = std::bit_cast<float>(static_cast<std::uint32_t>(128 - kBias - kMantissa + 23) << 23);

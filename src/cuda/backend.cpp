@@ -22,6 +22,10 @@ const Backend kCudaBackend{
     .total_attention = cuda::total_attention,
     .supports_merge = cuda::supports_merge,
     .merge = cuda::merge,
+    .supports_append = cuda::supports_append,
+    .append = cuda::append,
+    .supports_cached = cuda::supports_cached,
+    .cached = cuda::cached,
 };
 
 }  // namespace onepass

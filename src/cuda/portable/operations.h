@@ -23,4 +23,10 @@ void piecewise_backward(const PiecewiseBackwardProblem& problem, const Execution
 Unsupported supports_merge(const MergeProblem& problem);
 void merge(const MergeProblem& problem, const ExecutionContext& context);
 
+Unsupported supports_append(const AppendProblem& problem);
+void append(const AppendProblem& problem, const ExecutionContext& context);
+
+Unsupported supports_cached(const CachedProblem& problem);
+void cached(const CachedProblem& problem, const ExecutionContext& context);
+
 }  // namespace onepass::cuda

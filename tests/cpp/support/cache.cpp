@@ -229,6 +229,7 @@ void CacheInstance::append(const std::vector<std::int64_t>& from, const std::vec
 
 void CacheInstance::attend(const ExecutionContext& context) {
   cached_attention(q, view(), {out, lse}, options(), context);
+  synchronize(target.device());  // what was appended may be read element by element
 }
 
 std::int64_t CacheInstance::offset_of(std::int64_t b) const {

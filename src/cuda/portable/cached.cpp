@@ -1,0 +1,213 @@
+// cuda/portable/cached.cpp: host side of attention over caches: which kernel, how the keys are split, workspace.
+#include <algorithm>
+#include <numbers>
+
+#include "core/parallel.h"
+#include "cuda/portable/cached_tile.h"
+#include "cuda/portable/choose.h"
+#include "cuda/portable/decode.h"
+#include "cuda/portable/graph_launch.h"
+#include "cuda/portable/operations.h"
+#include "cuda/portable/ragged.h"
+
+namespace onepass::cuda {
+namespace {
+
+constexpr std::int64_t kMaxCachedHeadDim = 512;
+constexpr std::int64_t kMostParts = 64;  // that are chosen; a caller may ask for more
+
+// Rows of a (sequence, key/value head): all queries of all heads of the group.
+std::int64_t longest_rows(const CachedProblem& problem) {
+  return problem.attention.seqlen_q * problem.attention.group_size();
+}
+
+// Whether every row of a stored operand can be read 16 bytes at a time.
+bool has_aligned_rows(const Operand& operand, const KVStorage& cache, std::int64_t dim) {
+  return is_vectorizable(operand, cache.dtype, cache.num_blocks, cache.num_heads_kv, cache.block_tokens, dim);
+}
+
+bool has_vectorized_output(const Problem& p) {
+  return is_vectorizable(p.out, p.dtype, p.batch, p.num_heads, p.total_q, p.head_dim_v);
+}
+
+// A call with nothing that plain_arguments() leaves out.
+bool is_plain(const CachedProblem& problem) {
+  const Problem& p = problem.attention;
+  const KVStorage& cache = problem.cache;
+  const NewTokens& pending = problem.pending;
+  return p.cu_seqlens_q == nullptr && p.sinks == nullptr && p.alibi_slopes == nullptr && p.softcap == 0 &&
+         p.window_left == kUnbounded && cache.first_key == nullptr && cache.batch_index == nullptr && !problem.rotary &&
+         pending.each == 0 && pending.counts == nullptr && pending.cu_seqlens == nullptr && problem.num_splits == 0 &&
+         has_vectorized_output(p);
+}
+
+// The kernel on tensor cores for up to `rows` rows, or none.
+DecodeKernel matrix_kernel(const CachedProblem& problem, std::int64_t rows) {
+  const KVStorage& cache = problem.cache;
+  const DType queries = problem.attention.dtype;
+  const bool bytes = size_of(cache.dtype) == 1;
+  const bool products = queries == cache.dtype || bytes || cache.dtype == DType::kFloat16;
+  if (queries == DType::kFloat32 || cache.dtype == DType::kFloat32 || !products || problem.prob_threshold > 0 ||
+      cache.granularity == ScaleGranularity::kGroup || rows > 32 ||
+      std::max(cache.head_dim, cache.head_dim_v) > kHeadDims.back() ||
+      !has_aligned_rows(cache.k, cache, cache.head_dim) || !has_aligned_rows(cache.v, cache, cache.head_dim_v)) {
+    return {};
+  }
+  return with_head_dim(padded_head_dim(problem.attention), [&](auto head_dim) {
+    return decode_kernel_for<head_dim.value>(cache.dtype, static_cast<int>(rows), is_plain(problem));
+  });
+}
+
+// Rows up to which a pair is decoded, rather than computed in tiles.
+std::int64_t few_rows(const CachedProblem& problem) {
+  return std::max(problem.cache.head_dim, problem.cache.head_dim_v) > 128 ? 16 : 32;
+}
+
+int window_of(std::int64_t tokens) {
+  return static_cast<int>(tokens == kUnbounded ? kUnboundedTokens
+                                               : std::clamp<std::int64_t>(tokens, -kUnboundedTokens, kUnboundedTokens));
+}
+
+DecodeArguments arguments_of(const CachedProblem& problem, const DecodeKernel& kernel, std::int64_t max_rows) {
+  const Problem& p = problem.attention;
+  DecodeArguments a{};
+  a.problem = problem;
+  a.block_tokens = Divider(problem.cache.block_tokens);
+  a.group = Divider(p.group_size());
+  a.group_size = static_cast<int>(p.group_size());
+  a.max_rows = static_cast<int>(max_rows);
+  a.capacity = static_cast<int>(problem.cache.capacity());
+  a.window_left = window_of(p.window_left);
+  a.window_right = window_of(p.window_right);
+  a.unit_tokens = kernel.unit_tokens;
+  a.parts = static_cast<int>(std::min<std::int64_t>(problem.num_splits, problem.cache.capacity() + 1));
+  a.row_blocks = 1;
+  a.has_terms = p.softcap > 0 || p.alibi_slopes != nullptr;
+  a.vectorized_out = has_vectorized_output(p);
+  a.rows = kernel.rows;
+  a.columns = kernel.columns;
+  return a;
+}
+
+// Computes partial results in `slots` slots with `blocks` blocks, then merges them.
+void run_parts(const CachedProblem& problem, const DecodeKernel& kernel, DecodeArguments a, std::int64_t blocks,
+               std::int64_t slots, const ExecutionContext& context) {
+  const int device = problem.attention.device.index;
+  const std::int64_t rows = slots * a.rows;
+  const std::size_t state_bytes = static_cast<std::size_t>(rows) * sizeof(PartialState);
+  const std::size_t partial_bytes = static_cast<std::size_t>(rows) * a.columns * sizeof(float);
+  const std::size_t start_bytes =
+      a.parts == 0 ? static_cast<std::size_t>(problem.attention.batch + 2) * sizeof(std::int32_t) : 0;
+  const Workspace workspace(context, problem.attention.device, state_bytes + partial_bytes + start_bytes);
+  a.partials = workspace.as<float>();
+  a.states = reinterpret_cast<PartialState*>(workspace.as<char>() + partial_bytes);
+  a.starts = reinterpret_cast<std::int32_t*>(workspace.as<char>() + partial_bytes + state_bytes);
+  const char* const operation = problem.attention.operation;
+  launch_dependent(operation, kernel.kernel, {blocks, kernel.threads, kernel.shared_bytes}, device, context.stream, a);
+  if (a.parts == 1) return;
+  const CombineKernel combine = combine_kernel();
+  const std::int64_t pairs = problem.attention.batch * problem.cache.num_heads_kv;
+  launch_dependent(operation, combine.kernel, {pairs * a.row_blocks * a.rows, combine.threads}, device, context.stream,
+                   a);
+}
+
+// The kernel that a row gets must not depend on the rows of other sequences where its bits must not.
+DecodeKernel chosen_kernel(const CachedProblem& problem, std::int64_t rows) {
+  return matrix_kernel(problem, problem.num_splits > 0 ? few_rows(problem) : rows);
+}
+
+// Equal shares for every block that fits at once, or the number of parts that the caller wants.
+void run_matrix(const CachedProblem& problem, const DecodeKernel& kernel, std::int64_t max_rows,
+                const ExecutionContext& context) {
+  const std::int64_t pairs = problem.attention.batch * problem.cache.num_heads_kv;
+  const DecodeArguments a = arguments_of(problem, kernel, max_rows);
+  const std::int64_t resident =
+      std::int64_t{device_info(problem.attention.device.index).multiprocessors} * kernel.blocks_per_multiprocessor;
+  const std::int64_t blocks = a.parts > 0 ? pairs * a.parts : resident;
+  run_parts(problem, kernel, a, blocks, a.parts > 1 ? blocks : a.parts == 1 ? 0 : 2 * blocks, context);
+}
+
+// Sequences of at most max_rows rows.
+void run_general(const CachedProblem& problem, std::int64_t max_rows, const ExecutionContext& context) {
+  const std::int64_t head_dim = std::max(problem.cache.head_dim, problem.cache.head_dim_v);
+  const DecodeKernel kernel = general_decode_kernel(problem.cache.dtype, head_dim);
+  const std::int64_t pairs = problem.attention.batch * problem.cache.num_heads_kv;
+  DecodeArguments a = arguments_of(problem, kernel, max_rows);
+  a.row_blocks = static_cast<int>(ceil_div(max_rows, kernel.rows));
+  if (problem.prob_threshold > 0) {
+    a.parts = 1;  // weights are dropped relative to the row's largest
+  } else if (a.parts == 0) {
+    const std::int64_t wanted = 4 * device_info(problem.attention.device.index).multiprocessors /
+                                std::max<std::int64_t>(1, pairs * a.row_blocks);
+    a.parts = static_cast<int>(std::clamp<std::int64_t>(wanted, 1, kMostParts));
+  }
+  const std::int64_t blocks = pairs * a.row_blocks * a.parts;
+  run_parts(problem, kernel, a, blocks, a.parts > 1 ? blocks : 0, context);
+}
+
+CachedTileKernel tile_kernel(const CachedProblem& problem) {
+  const Problem& p = problem.attention;
+  if (problem.prob_threshold > 0 || std::max(p.head_dim, p.head_dim_v) > kHeadDims.back()) return {};
+  return with_head_dim(padded_head_dim(p),
+                       [&](auto head_dim) { return cached_tile_kernel_for<head_dim.value>(p.dtype); });
+}
+
+// Sequences of at least min_rows rows.
+void run_tile(const CachedProblem& problem, const CachedTileKernel& kernel, std::int64_t min_rows,
+              const ExecutionContext& context) {
+  const Problem& p = problem.attention;
+  const KVStorage& cache = problem.cache;
+  CachedTileArguments tile{};
+  tile.rows = arguments_of(problem, {}, 0);
+  tile.rows.has_terms = has_terms(p);
+  tile.min_rows = static_cast<int>(min_rows);
+  tile.row_tiles = static_cast<int>(ceil_div(longest_rows(problem), kernel.rows));
+  tile.last_rows_first = p.window_right != kUnbounded;
+  tile.vectorized_q = is_vectorizable(p.q, p.dtype, p.batch, p.num_heads, p.total_q, p.head_dim);
+  const bool bytes = size_of(cache.dtype) == 1;
+  const bool aligned_k = has_aligned_rows(cache.k, cache, cache.head_dim);
+  const bool aligned_v = has_aligned_rows(cache.v, cache, cache.head_dim_v);
+  tile.direct_keys = cache.dtype == p.dtype && aligned_k;
+  tile.direct_values = cache.dtype == p.dtype && aligned_v;
+  tile.aligned_keys = bytes && aligned_k;
+  tile.aligned_values = bytes && aligned_v;
+  tile.scale_log2 = tile.rows.has_terms ? 1.0f : std::numbers::log2e_v<float> * p.softmax_scale;
+  launch_dependent(p.operation, kernel.kernel,
+                   {tile.row_tiles * p.batch * cache.num_heads_kv, kernel.threads, kernel.shared_bytes}, p.device.index,
+                   context.stream, tile);
+}
+
+}  // namespace
+
+Unsupported supports_cached(const CachedProblem& problem) {
+  const Problem& p = problem.attention;
+  const std::int64_t head_dim = std::max(problem.cache.head_dim, problem.cache.head_dim_v);
+  if (Unsupported reason = common_limits(p.device, p.dtype, 0)) return reason;
+  if (problem.cache.dtype == DType::kFloat64) return "a float64 cache (float32, float16, bfloat16, int8 or float8)";
+  if (head_dim > kMaxCachedHeadDim) return "head_dim " + std::to_string(head_dim) + " (at most 512)";
+  const std::int64_t limit = kUnboundedTokens;
+  if (p.seqlen_q + problem.cache.capacity() > limit || longest_rows(problem) > limit) {
+    return "seqlen_q + capacity, or rows of a key/value head, beyond " + std::to_string(limit);
+  }
+  return std::nullopt;
+}
+
+void cached(const CachedProblem& problem, const ExecutionContext& context) {
+  const Problem& p = problem.attention;
+  const DeviceGuard guard(p.device.index);
+  if (p.ragged()) clear_unowned_queries(p, p.out, p.head_dim_v, p.lse, context);
+  if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0) return;
+  const std::int64_t rows = longest_rows(problem);
+  const CachedTileKernel tile = tile_kernel(problem);
+  // Few rows are bound by memory, many by arithmetic; a batch may have sequences of both kinds.
+  const std::int64_t few = tile.kernel == nullptr ? rows : std::min(rows, few_rows(problem));
+  if (rows > few) run_tile(problem, tile, few + 1, context);
+  if (rows > few && !p.ragged()) return;
+  if (const DecodeKernel kernel = chosen_kernel(problem, few); kernel.kernel != nullptr) {
+    run_matrix(problem, kernel, few, context);
+  } else {
+    run_general(problem, few, context);
+  }
+}
+
+}  // namespace onepass::cuda

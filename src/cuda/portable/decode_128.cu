@@ -1,0 +1,7 @@
+#include "cuda/portable/decode_instantiate.cuh"
+
+namespace onepass::cuda {
+
+template DecodeKernel decode_kernel_for<128>(DType storage, int rows, bool plain);
+
+}  // namespace onepass::cuda

@@ -1,0 +1,71 @@
+"""Caches on CUDA: the CPU's results, graphs that replay with new lengths, and indices out of range on the device."""
+
+from __future__ import annotations
+
+import onepass
+import pytest
+import torch
+
+BATCH, HEADS, HEADS_KV, DIM = 3, 8, 2, 64
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("queries", [1, 4, 40])
+def test_same_results_as_on_the_cpu(quantization: str | None, page_size: int | None, queries: int) -> None:
+    torch.manual_seed(0)
+    k, v = randn(BATCH, HEADS_KV, 150, DIM).half(), randn(BATCH, HEADS_KV, 150, DIM).half()
+    q = randn(BATCH, HEADS, queries, DIM).half()
+    results = []
+    for device in ("cpu", "cuda"):
+        cache = onepass.KVCache(
+            BATCH,
+            200,
+            HEADS_KV,
+            DIM,
+            dtype=torch.float16,
+            quantization=quantization,
+            page_size=page_size,
+            device=device,
+        )
+        cache.append(k.to(device), v.to(device), seqlens=[150, 47, 3])
+        results.append(onepass.cached_attention(q.to(device), cache, return_lse=True))
+    for cpu, gpu in zip(results[0][:2], results[1][:2], strict=True):
+        torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-2, atol=1e-2)
+
+
+def test_a_graph_replays_with_new_lengths() -> None:
+    torch.manual_seed(1)
+    cache = onepass.KVCache(BATCH, 300, HEADS_KV, DIM, device="cuda")
+    k, v = (randn(BATCH, HEADS_KV, 300, DIM).cuda().bfloat16() for _ in range(2))
+    cache.append(k, v)
+    q = randn(BATCH, HEADS, 1, DIM).cuda().bfloat16()
+    onepass.cached_attention(q, cache)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = onepass.cached_attention(q, cache)
+    for lengths in ([300, 1, 0], [7, 150, 299]):
+        cache.seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        assert torch.equal(out, onepass.cached_attention(q, cache))
+
+
+def test_pages_out_of_range_are_skipped() -> None:
+    torch.manual_seed(2)
+    k, v = (randn(4, HEADS_KV, 16, DIM).cuda().bfloat16() for _ in range(2))
+    lengths = torch.tensor([48], dtype=torch.int32, device="cuda")
+    q = randn(1, HEADS, 1, DIM).cuda().bfloat16()
+
+    def attended(pages: list[int], count: int) -> torch.Tensor:
+        table = torch.tensor([pages], dtype=torch.int32, device="cuda")
+        cache = onepass.KVCache.from_tensors(k, v, lengths.clamp(max=count), page_table=table)
+        return onepass.cached_attention(q, cache)
+
+    want = attended([2, 0], 32)
+    for bad in (-1, 4, 1 << 30):
+        torch.testing.assert_close(attended([2, 0, bad], 48), want, rtol=1e-2, atol=1e-2)
