@@ -11,15 +11,13 @@ namespace onepass::test {
 class TargetTest : public testing::TestWithParam<Target> {
  protected:
   void SetUp() override {
-    if (!has_forward(GetParam())) {
+    if (!has_forward(GetParam()) || !has_backward(GetParam())) {
       GTEST_SKIP() << GetParam().backend << " lacks the operation";
     }
   }
 
   DType dtype() const { return GetParam().dtype; }
-  // A backend without a backward pass is tested as it is used: as the dispatcher's first choice, with others taking
-  // over what it lacks.
-  ExecutionContext context() const { return has_backward(GetParam()) ? GetParam().context() : ExecutionContext{}; }
+  ExecutionContext context() const { return GetParam().context(); }
   Instance instance(const Case& definition, std::uint64_t seed = 1) const {
     Instance made(definition, dtype(), seed);
     made.device = GetParam().device();
