@@ -45,6 +45,7 @@ test-asan test-tsan: test-%: setup
 	@ctest --test-dir build/$* --output-on-failure -j $(JOBS)
 
 test-python: build
+	@tools/setup build test
 	@PYTHONPATH=python $(python) -m pytest -q tests/python
 
 format:

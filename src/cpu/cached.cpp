@@ -222,6 +222,9 @@ void cached_tier(const CachedProblem& problem, const ExecutionContext& context) 
   });
 }
 
+// The decode kernel, which alone knows prob_threshold, needs vectors of a fixed size.
+bool has_decode_kernel() { return !HWY_HAVE_SCALABLE; }
+
 }  // namespace
 }  // namespace onepass::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -234,6 +237,7 @@ namespace onepass::cpu {
 namespace {
 
 HWY_EXPORT(cached_tier);
+HWY_EXPORT(has_decode_kernel);
 
 // Rows of packed queries behind the last sequence are empty ones.
 void write_unowned_rows(const Problem& problem) {
@@ -255,6 +259,9 @@ Unsupported supports_cached(const CachedProblem& problem) {
   if (problem.cache.dtype == DType::kFloat64) return "a float64 cache (float32, float16, bfloat16, int8 or float8)";
   if (p.seqlen_k + p.seqlen_q > INT32_MAX) {
     return "seqlen_q + seqlen_k " + std::to_string(p.seqlen_q + p.seqlen_k) + " (at most 2147483647)";
+  }
+  if (problem.prob_threshold > 0 && !dispatch(HWY_DISPATCH_TABLE(has_decode_kernel))()) {
+    return "prob_threshold on a processor with scalable vectors";
   }
   return std::nullopt;
 }
