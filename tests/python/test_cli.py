@@ -38,6 +38,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         ([], "required: command"),
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["bench"], "required: benchmark"),
+        (["bench", "suite", "--output", "."], "--output: got ., a folder; need a file's name"),
         (["bench", "prefill", "--dtypes", "int8"], "invalid choice: 'int8'"),
         (["demo", "--device", "tpu"], "invalid choice: 'tpu'"),
     ],

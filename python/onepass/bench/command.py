@@ -19,12 +19,18 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+def _file(text: str) -> Path:
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"got {text}, a folder; need a file's name")
+    return Path(text)
+
+
 def parser(kinds: Any, name: str, text: str) -> argparse.ArgumentParser:
     """A subcommand with the options of every benchmark."""
     added: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=text, formatter_class=_Help)
     added.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
     added.add_argument("--threads", type=int, help="torch's threads (default: as torch chooses)")
-    added.add_argument("--output", type=Path, default=Path("bench_output") / f"{name}.json", help="the JSON file")
+    added.add_argument("--output", type=_file, default=Path("bench_output") / f"{name}.json", help="the JSON file")
     return added
 
 
