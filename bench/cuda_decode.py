@@ -9,8 +9,6 @@ scales included.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 import onepass
 import torch
 import torch.nn.functional as F
-from onepass.bench.record import environment
+from gpu import command_line, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CALLS = 20  # of one graph
@@ -180,10 +178,7 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
-    parser.add_argument("--commit", help="where the checkout is not a repository")
-    parser.add_argument("--quick", action="store_true")
+    parser = command_line(__doc__)
     parser.add_argument("--group", help="only this group of cases")
     arguments = parser.parse_args()
     rows: list[dict[str, object]] = []
@@ -218,12 +213,7 @@ def main() -> None:
             torch.cuda.empty_cache()
     summary = {name: round(statistics.geometric_mean(values), 4) for name, values in ratios.items() if values}
     print("decode, geometric mean of peer over onepass:", summary)
-    where = environment(torch.device("cuda"))
-    where["commit"] = arguments.commit or where["commit"]
-    where["cudnn"] = torch.backends.cudnn.version()
-    record = {"schema": 1, "environment": where, "decode_geometric_mean_over": summary, "results": rows}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "cuda-decode.json").write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments, "cuda-decode", rows, decode_geometric_mean_over=summary)
     if not arguments.quick and arguments.group is None:
         draw(rows, arguments.output / "cuda-decode.png")
 

@@ -7,8 +7,6 @@ CUDA-event times of single calls. FLOPs: 4 batch heads queries keys head_dim for
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,7 +15,7 @@ from pathlib import Path
 import onepass
 import torch
 import torch.nn.functional as F
-from onepass.bench.record import environment
+from gpu import command_line, measure, panel, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -118,29 +116,6 @@ def calls(case: Case) -> dict[str, Callable[[], object]]:
     return found
 
 
-def milliseconds(call: Callable[[], object], count: int) -> list[float]:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for begin, end in events:
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in events]
-
-
-def measure(case: Case, rounds: int) -> dict[str, list[float]]:
-    contenders = calls(case)
-    counts = {}
-    for name, call in contenders.items():
-        milliseconds(call, 2)
-        counts[name] = max(2, min(30, int(6 / milliseconds(call, 1)[0])))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds):
-        for name in sorted(contenders, reverse=turn % 2 == 1):
-            times[name] += milliseconds(contenders[name], counts[name])
-    return times
-
-
 def draw(rows: list[dict[str, object]], path: Path) -> None:
     import matplotlib
 
@@ -150,20 +125,10 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
     for line, dim in enumerate((64, 128)):
         for column, causal in enumerate((False, True)):
-            axis = axes[line][column]
-            for name in ("onepass", "cudnn", "flash"):
-                points = [
-                    (row["seqlen"], row["tflops"])
-                    for row in rows
-                    if row["group"] == f"head_dim {dim}" and row["causal"] == causal and row["contender"] == name
-                ]
-                axis.plot(*zip(*points, strict=True), marker="o", label=name)
-            axis.set_title(f"head_dim {dim}, {'causal' if causal else 'full'}")
-            axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-            axis.set_ylabel("TFLOP/s")
-            axis.set_xlabel("sequence length (32k tokens in all)")
+            title = f"head_dim {dim}, {'causal' if causal else 'full'}"
+            panel(
+                axes[line][column], rows, ("onepass", "cudnn", "flash"), title, group=f"head_dim {dim}", causal=causal
+            )
     axes[0][0].legend()
     figure.suptitle("Forward, bfloat16, " + torch.cuda.get_device_name())
     figure.tight_layout()
@@ -171,16 +136,12 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
-    parser.add_argument("--commit", help="where the checkout is not a repository")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__).parse_args()
     rows: list[dict[str, object]] = []
     ratios: dict[str, list[float]] = {}
     with torch.no_grad():
         for case in cases(arguments.quick):
-            times = measure(case, rounds=2 if arguments.quick else 4)
+            times = measure(calls(case), rounds=2 if arguments.quick else 4, most=30, budget=6)
             medians = {name: statistics.median(values) for name, values in times.items()}
             for name, values in times.items():
                 quartiles = statistics.quantiles(values, n=4)
@@ -203,12 +164,7 @@ def main() -> None:
             print(f"{case.group:12s} {case.seqlen:6d} {'causal' if case.causal else 'full  '} {text}", flush=True)
     summary = {group: round(statistics.geometric_mean(values), 4) for group, values in ratios.items()}
     print("geometric mean over cudnn:", summary)
-    where = environment(torch.device("cuda"))
-    where["commit"] = arguments.commit or where["commit"]
-    where["cudnn"] = torch.backends.cudnn.version()
-    record = {"schema": 1, "environment": where, "geometric_mean_over_cudnn": summary, "results": rows}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "cuda-forward.json").write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments, "cuda-forward", rows, geometric_mean_over_cudnn=summary)
     if not arguments.quick:
         draw(rows, arguments.output / "cuda-forward.png")
 

@@ -9,7 +9,6 @@ plain attention.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -20,15 +19,12 @@ from pathlib import Path
 import onepass
 import torch
 import torch.nn.functional as F
-from cuda_forward import TOKENS, WIDTH, Case, milliseconds
-from onepass.bench.record import environment
+from cuda_forward import TOKENS, WIDTH, Case
+from gpu import Call, Calls, command_line, measure, panel, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 MIXTURE = (8192, 4096, 3000, 2048, 2048, 1500, 1024, 777, 512, 512, 333, 128)
-
-Call = Callable[[], object]
-Calls = dict[str, Call]  # what is timed, by contender
 
 
 def with_backward(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> tuple[Call, Call]:
@@ -134,18 +130,6 @@ def workload(quick: bool) -> list[tuple[Case, Callable[[Case], tuple[Calls, Call
     return found
 
 
-def measure(contenders: Calls, rounds: int) -> dict[str, list[float]]:
-    counts = {}
-    for name, call in contenders.items():
-        milliseconds(call, 2)
-        counts[name] = max(2, min(20, int(5 / milliseconds(call, 1)[0])))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds):
-        for name in sorted(contenders, reverse=turn % 2 == 1):
-            times[name] += milliseconds(contenders[name], counts[name])
-    return times
-
-
 def draw(rows: list[dict[str, object]], path: Path) -> None:
     import matplotlib
 
@@ -155,23 +139,9 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), sharex=True)
     for line, direction in enumerate(("forward", "backward")):
         for column, (dim, causal) in enumerate((dim, causal) for dim in (64, 128) for causal in (False, True)):
-            axis = axes[line][column]
-            for name in ("onepass", "flash", "cudnn"):
-                points = [
-                    (row["seqlen"], row["tflops"])
-                    for row in rows
-                    if row["group"] == f"head_dim {dim}"
-                    and row["causal"] == causal
-                    and row["contender"] == name
-                    and row["direction"] == direction
-                ]
-                axis.plot(*zip(*points, strict=True), marker="o", label=name)
-            axis.set_title(f"{direction}, head_dim {dim}, {'causal' if causal else 'full'}")
-            axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-            axis.set_ylabel("TFLOP/s")
-            axis.set_xlabel("sequence length (32k tokens in all)")
+            title = f"{direction}, head_dim {dim}, {'causal' if causal else 'full'}"
+            fields = {"group": f"head_dim {dim}", "causal": causal, "direction": direction}
+            panel(axes[line][column], rows, ("onepass", "flash", "cudnn"), title, **fields)
     axes[0][0].legend()
     figure.suptitle("Portable kernels, bfloat16, " + torch.cuda.get_device_name())
     figure.tight_layout()
@@ -179,18 +149,14 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
-    parser.add_argument("--commit", help="where the checkout is not a repository")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__).parse_args()
     os.environ["ONEPASS_BACKEND"] = "cuda"
     rows: list[dict[str, object]] = []
     ratios: dict[str, list[float]] = {}
     for case, make in workload(arguments.quick):
         line = f"{case.group:12s} {case.seqlen:6d} {'causal' if case.causal else 'full  '}"
         for direction, factor, contenders in zip(("forward", "backward"), (1.0, 2.5), make(case), strict=True):
-            times = measure(contenders, rounds=2 if arguments.quick else 3)
+            times = measure(contenders, rounds=2 if arguments.quick else 3, most=20, budget=5)
             medians = {name: statistics.median(values) for name, values in times.items()}
             for name, values in times.items():
                 quartiles = statistics.quantiles(values, n=4)
@@ -213,12 +179,7 @@ def main() -> None:
         print(line + " ms", flush=True)
     summary = {name: round(statistics.geometric_mean(values), 4) for name, values in ratios.items()}
     print(json.dumps(summary, indent=1))
-    where = environment(torch.device("cuda"))
-    where["commit"] = arguments.commit or where["commit"]
-    where["cudnn"] = torch.backends.cudnn.version()
-    record = {"schema": 1, "environment": where, "geometric_means": summary, "results": rows}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "cuda-portable.json").write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments, "cuda-portable", rows, geometric_means=summary)
     if not arguments.quick:
         draw(rows, arguments.output / "cuda-portable.png")
 
