@@ -23,11 +23,8 @@ struct ForwardConfig {
   // A first block whose other keys nobody sees; not worth its code beside the extra terms.
   static constexpr int kHalfKeys = kTerms ? kKeys : (kKeys / 2 + 15) / 16 * 16;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-
-  // Share of a block's exponentials before the wait for O; the others run between O's rescaling and P's packing.
-  static constexpr int kEarlyEighths = kHeadDim <= 64 ? 6 : 8;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kHeadDim <= 64 ? 160 : 152;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 512 - 3 * kConsumerRegisters;
 
   static constexpr int kSlabs = (kHeadDim + kSlabColumns - 1) / kSlabColumns;
   static constexpr int kQueryBytes = kRows * kSlabs * 128;
@@ -36,11 +33,11 @@ struct ForwardConfig {
   static constexpr int kFittingSlots = (kSharedMemoryLimit - 2048 - kQuerySlots * kQueryBytes) / kBlockBytes;
   static constexpr int kBlockSlots = kFittingSlots < 6 ? kFittingSlots / 2 * 2 : 6;
 
-  // Layout: query slots, block slots, then tiles and barriers.
+  // Layout: query slots, block slots, then tiles (and the next one) and barriers.
   static constexpr int kBlocksAt = kQuerySlots * kQueryBytes;
   static constexpr int kTilesAt = kBlocksAt + kBlockSlots * kBlockBytes;
-  static constexpr int kTileBytes = 64;
-  static constexpr int kBarriersAt = kTilesAt + kQuerySlots * kTileBytes;
+  static constexpr int kTileBytes = 64 + 32 * kConsumers;  // the tile, then two words of each consumer warp
+  static constexpr int kBarriersAt = kTilesAt + (kQuerySlots + 1) * kTileBytes;
   static constexpr int kSharedMemory = 1024 + kBarriersAt + 16 * (kQuerySlots + kBlockSlots);  // 1024: alignment
 
   static_assert(kBlockSlots >= 4, "K and V need two blocks each");

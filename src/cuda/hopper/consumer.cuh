@@ -1,13 +1,14 @@
 // cuda/hopper/consumer.cuh: one consumer warpgroup: 64 query rows of every tile, S and O in registers.
 //
 // Per block j (from the last visible one down), with P of block j + 1 in registers:
-//   issue S = Q·Kⱼᵀ, issue O += P·Vⱼ₊₁, wait for S, take its maxima, wait for O,
-//   then exponentials, the rescaling of O and the packing of P in one run of instructions, so that the two latter hide
-//   between the exponentials, which cost 8 cycles a warp each.
+//   issue S = Q·Kⱼᵀ, issue O += P·Vⱼ₊₁, wait for S, exponentials, wait for O, pack P.
+// Maxima and the rescaling of O are left out wherever the weights stay small without them (softmax.cuh): every ordinary
+// instruction beside the products costs them about half a cycle.
 #pragma once
 
 #include "cuda/common/score.cuh"
 #include "cuda/hopper/mask.cuh"
+#include "cuda/hopper/not_finite.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/plan.h"
 #include "cuda/hopper/softmax.cuh"
@@ -22,6 +23,10 @@ class Consumer {
   static constexpr int kKeys = Config::kKeys;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kHalfKeys = Config::kHalfKeys;
+  // Weights beside an old maximum may leave float16's range long before a row's sum leaves float's. At head_dim 256
+  // there are no registers for more than noticing it.
+  static constexpr bool kHalf = std::is_same_v<Element, __half>;
+  static constexpr bool kSettles = kHalf && kHeadDim <= 128 && !Config::kTerms;
 
   ONEPASS_DEVICE Consumer(const Problem& problem, const Plan& plan, const CUtensorMap* out_map,
                           const SharedLayout<Config>& shared, int warpgroup)
@@ -37,7 +42,11 @@ class Consumer {
       barrier_wait(shared_.query_full(queries_.slot), queries_.phase);
       const Tile tile = this->tile();
       if (!tile.valid()) break;
-      attend(tile);
+      if (Config::kTerms || (tile.mode & kCareful) != 0) {
+        attend<false>(tile);
+      } else {
+        attend<true>(tile);
+      }
       store_out();
       queries_.advance();
     }
@@ -45,12 +54,28 @@ class Consumer {
   }
 
  private:
+  // Notes on the tile: the mask has cut a block; the upper row's maximum (the lower row's: one bit on) was too large
+  // for exponents by FMA; its first attempt went wrong. Apart from mode_, which is uniform over the warpgroup.
+  static constexpr int kMasked = 1, kExtreme = 2, kBad = 8;
+  ONEPASS_DEVICE bool has(TileMode mode) const { return (mode_ & mode) != 0; }
+
   // Lies in shared memory beside Q until the slot is released; registers are too scarce to keep it.
   ONEPASS_DEVICE Tile tile() const { return load_tile(shared_.tile(queries_.slot)); }
 
   // ---- the tile's loop over blocks --------------------------------------------------------------------------------
+  // kQuick: the first attempt without extra terms, see softmax().
+  template <bool kQuick>
   ONEPASS_DEVICE void attend(const Tile& tile) {
     state_ = {{kLowestScore<Config::kTerms>, kLowestScore<Config::kTerms>}, {0.0f, 0.0f}};
+    mode_ = tile.mode;
+    notes_ = 0;
+    const std::uint32_t bad_rows = shared_.tile(queries_.slot) + bad_rows_at();
+    if (has(kCareful)) {
+      const uint2 lanes = load_shared_8(bad_rows);
+      notes_ = (lanes.x >> lane() & 1) * kBad | (lanes.y >> lane() & 1) * (kBad << 1);
+    } else if (lane() == 0) {
+      store_shared(bad_rows, make_uint2(0, 0));
+    }
     const int row = tile.row + 64 * warpgroup_;
     if (tile.blocks == 0 || row >= tile.seqlen_q) {  // nothing to see, or nobody to see it
       for (int i = 0; i < 2 * tile.blocks; ++i) release_block(take_block());
@@ -61,7 +86,6 @@ class Consumer {
     }
     clean_begin_ = visible_begin(problem_, tile, row + 16 * warp() + 15);
     clean_end_ = visible_end(problem_, tile, row + 16 * warp());
-    scrub_ = tile.scrub;
     first_ = tile.first_block;
     // On the causal diagonal and in tails a warpgroup often sees nothing of the tile's last block, or its first half.
     int last = first_ + tile.blocks - 1;
@@ -71,98 +95,120 @@ class Consumer {
       release_block(take_block());
       --last;
     }
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) o_[i] = 0.0f;
     if (kHalfKeys < kKeys && end <= last * kKeys + kHalfKeys) {
-      first_blocks<kHalfKeys>(last, skip);
+      first_block<kHalfKeys, kQuick>(last, skip);
     } else {
-      first_blocks<kKeys>(last, skip);
+      first_block<kKeys, kQuick>(last, skip);
     }
-    for (int block = last - 2; block >= first_; --block) step<kKeys, false>(block);
-    if (last > first_) last_values<kKeys, false>();
+    for (int block = last - 1; block >= first_; --block) step<kQuick>(block);
+    last_values<kQuick>();
   }
 
   // skipped: the values of block last + 1 are still to come.
-  template <int kWidth>
-  ONEPASS_DEVICE void first_blocks(int last, bool skipped) {
+  template <int kWidth, bool kQuick>
+  ONEPASS_DEVICE void first_block(int last, bool skipped) {
     const int keys = take_block();
     issue_scores<Config, kWidth>(s_, query(), shared_.block(keys));
     release_previous_query();
     wgmma_wait<0>(s_);
     release_block(keys);
     if (skipped) release_block(take_block());
-    float alpha[2];
-    begin_softmax<kWidth>(last, alpha);
-    finish_softmax<kWidth, false>(last, alpha);
-    if (last == first_) {
-      last_values<kWidth, true>();
-    } else {
-      step<kWidth, true>(last - 1);
-    }
+    softmax<kWidth, true, kQuick>(last, -1);
+#pragma unroll
+    for (int i = kWidth / 4; i < kKeys / 4; ++i) p_[i] = 0;
   }
 
-  // Scores of `block` while P of the block after it, kWidth keys wide, is multiplied with its values.
-  template <int kWidth, bool kFresh>
+  // Scores of `block` while P of the block after it is multiplied with its values.
+  template <bool kQuick>
   ONEPASS_DEVICE void step(int block) {
-    scrub_values(block + 1, blocks_.next());
+    scrub_values<kQuick>(block + 1, blocks_.next());
     const int keys = take_block();
     issue_scores<Config, kKeys>(s_, query(), shared_.block(keys));
     const int values = take_block();
-    issue_values<Config, kWidth, kFresh>(o_, p_, shared_.block(values));
+    issue_values<Config>(o_, p_, shared_.block(values));
     wgmma_wait<1>(s_);
     release_block(keys);
-    float alpha[2];
-    begin_softmax<kKeys>(block, alpha);
-    // Never fires, but it makes the maxima precede the wait; otherwise ptxas hoists the wait above them.
-    if (alpha[0] + alpha[1] < 0.0f) barrier_arrive(shared_.block_empty(0));
-    wgmma_wait<0>(o_);
-    release_block(values);
-    finish_softmax<kKeys, true>(block, alpha);
+    softmax<kKeys, false, kQuick>(block, values);
   }
 
-  template <int kWidth, bool kFresh>
+  template <bool kQuick>
   ONEPASS_DEVICE void last_values() {
-    scrub_values(first_, blocks_);
+    scrub_values<kQuick>(first_, blocks_);
     const int values = take_block();
-    issue_values<Config, kWidth, kFresh>(o_, p_, shared_.block(values));
+    issue_values<Config>(o_, p_, shared_.block(values));
     wgmma_wait<0>(o_);
     release_block(values);
   }
 
   // ---- softmax ------------------------------------------------------------------------------------------------------
-  template <int kWidth>
-  ONEPASS_DEVICE void begin_softmax(int block, float (&alpha)[2]) {
+  // Weights of S into P, once O += P·V has read the old ones and hands `values` back; O follows new maxima.
+  template <int kWidth, bool kFirst, bool kQuick>
+  ONEPASS_DEVICE void softmax(int block, int values) {
     const int start = block * kKeys;
+    float alpha[2] = {1.0f, 1.0f}, sum[2];
+    bool rescale = kFirst || Config::kTerms;
     if constexpr (Config::kTerms) add_terms<kWidth>(start);
     if (start < clean_begin_ || start + kWidth > clean_end_) {
       const Tile tile = this->tile();
       mask_block<kWidth>(s_, problem_, tile, lane_row(tile.row), start);
+      notes_ |= kMasked;
+      rescale = true;
     }
-    update_max<kWidth>(s_, state_, alpha, unit_);
-  }
-
-  // Weights of S into P; with kRescale, O is brought to the new maxima.
-  template <int kWidth, bool kRescale>
-  ONEPASS_DEVICE void finish_softmax(int block, const float (&alpha)[2]) {
-    float sum[2] = {0.0f, 0.0f};
-    if constexpr (Config::kTerms) {
-      exponentiate_guarded<kWidth>(s_, state_.max, sum, unit_);
-      if (problem_.dropout_p > 0.0) drop<kWidth>(block * kKeys);
-    } else {
-      const float shift[2] = {state_.max[0] * unit_, state_.max[1] * unit_};
-      constexpr int kTiles = kWidth / 8, kEarly = kRescale ? kTiles * Config::kEarlyEighths / 8 : kTiles;
-      exponentiate<0, kEarly>(s_, shift, sum, unit_);
-      if constexpr (kEarly < kTiles) {
-        const float late[2] = {wait_for(o_[0], shift[0], plan_.zero), wait_for(o_[2], shift[1], plan_.zero)};
-        exponentiate<kEarly, kTiles>(s_, late, sum, unit_);
+    if constexpr (kQuick) {
+      if (rescale) {
+        update_max<kWidth>(s_, state_, {true, true}, alpha, unit_);
+        note_extremes();
       }
+      exponentiate<kWidth>(s_, {state_.max[0] * unit_, state_.max[1] * unit_}, sum, unit_);
+    } else {
+      weigh_carefully<kWidth>(rescale, alpha, sum);
+      rescale = true;
     }
-    if constexpr (kRescale) {
+    if constexpr (kSettles && !kFirst) {  // a first block's maxima are its own
+      if (__any_sync(~0u, !(sum[0] + sum[1] < kSumLimit))) {
+        settle<kWidth>(s_, state_, sum, alpha, unit_);
+        rescale = true;
+      }
+    } else if (sum[0] + sum[1] < 0.0f) {
+      // Never fires, but it makes the exponentials precede the wait; otherwise ptxas hoists the wait above them.
+      barrier_arrive(shared_.block_empty(0));
+    }
+    if constexpr (Config::kTerms) {
+      if (problem_.dropout_p > 0.0) drop<kWidth>(start);
+    }
+    if constexpr (!kFirst) {
+      wgmma_wait<0>(o_);
+      release_block(values);
+      if (rescale) {
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= alpha[i % 4 / 2];
+        for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= alpha[i % 4 / 2];
+      }
     }
 #pragma unroll
     for (int i = 0; i < kWidth / 4; ++i) p_[i] = pack<Element>(s_[2 * i], s_[2 * i + 1]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) state_.sum[r] = fmaf(state_.sum[r], alpha[r], sum[r]);
+  }
+
+  ONEPASS_DEVICE void note_extremes() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool extreme = fabsf(state_.max[r] * unit_) >= kShiftLimit && state_.max[r] > kLowestScore<Config::kTerms>;
+      if (extreme) notes_ |= kExtreme << r;
+    }
+  }
+
+  // Rows whose first attempt went wrong have exact maxima and exponents formed from differences; the others must get
+  // the bits that they have without such a neighbour. With extra terms every row is treated so, at the first attempt.
+  template <int kWidth>
+  ONEPASS_DEVICE void weigh_carefully(bool all_rows, float (&alpha)[2], float (&sum)[2]) {
+    const bool bad[2] = {Config::kTerms || (notes_ & kBad) != 0, Config::kTerms || (notes_ & kBad << 1) != 0};
+    update_max<kWidth>(s_, state_, {all_rows || bad[0], all_rows || bad[1]}, alpha, unit_);
+    subtract<kWidth>(s_, {bad[0] ? state_.max[0] : 0.0f, bad[1] ? state_.max[1] : 0.0f});
+    exponentiate<kWidth>(s_, {bad[0] ? 0.0f : state_.max[0] * unit_, bad[1] ? 0.0f : state_.max[1] * unit_}, sum,
+                         unit_);
   }
 
   // ---- extra score terms --------------------------------------------------------------------------------------------
@@ -213,17 +259,31 @@ class Consumer {
   }
 
   // Rows of V beyond the visible keys may hold anything, NaN too, and 0·NaN is NaN: they are cleared before use. Where
-  // they lie outside the tensor TMA has written zeros already.
+  // they lie outside the tensor TMA has written zeros already. The careful attempt clears whatever is not finite; the
+  // other consumers may do so at the same time, with the same result.
+  template <bool kQuick>
   ONEPASS_DEVICE void scrub_values(int block, Ring<Config::kBlockSlots> position) const {
-    if (!scrub_) return;
+    if (kQuick ? !has(kScrub) : mode_ == 0) return;
     const Tile tile = this->tile();
     const int start = block * kKeys;
-    if (start >= tile.key_begin && start + kKeys <= tile.key_end) return;
+    if ((kQuick || !has(kCareful)) && start >= tile.key_begin && start + kKeys <= tile.key_end) return;
     barrier_wait(shared_.block_full(position.slot), position.phase);
     const std::uint32_t values = shared_.block(position.slot);
+#pragma unroll 1
     for (int i = threadIdx.x % 128; i < Config::kSlabs * kKeys * 8; i += 128) {
       const int key = start + i / 8 % kKeys;
-      if (key < tile.key_begin || key >= tile.key_end) store_shared(values + 16 * i, {0, 0, 0, 0});
+      if (key < tile.key_begin || key >= tile.key_end) {
+        store_shared(values + 16 * i, {0, 0, 0, 0});
+      } else if (!kQuick && has(kCareful)) {
+        const int4 chunk = load_shared(values + 16 * i);
+        const int4 finite = finite_elements<Element>(chunk);
+        if (!differ(chunk, finite)) continue;
+        // The note first: a consumer that finds the chunk clean must find it, too.
+        min_shared(shared_.tile(queries_.slot) + kFirstBadAt, block);
+        min_shared(shared_.tile(queries_.slot) + kLastBadAt, -block);
+        __threadfence_block();
+        store_shared(values + 16 * i, finite);
+      }
     }
     async_proxy_fence();
     sync_warpgroup();
@@ -249,15 +309,19 @@ class Consumer {
     for (int r = 0; r < 2; ++r) scale[r] = finish_row(tile, r, lane_row(tile.row) + 8 * r);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= scale[i % 4 / 2];
+    if (!has(kCareful)) look_for_trouble();
 
     sync_warpgroup();  // every warp has read its part of Q
+    const bool inside = !problem_.ragged() || tile.row + 64 * (warpgroup_ + 1) <= tile.seqlen_q;
     if (plan_.splits > 1) {
       store_partial(tile);
-    } else if (plan_.tma_store && (!problem_.ragged() || tile.row + 64 * (warpgroup_ + 1) <= tile.seqlen_q)) {
+    } else if (plan_.tma_store && inside && !has(kCareful)) {
       store_by_tma(tile);
     } else {
+      if (has(kCareful)) wait_for_first_attempt();
       store_directly(tile);
     }
+    if (has(kCareful)) add_not_finite(tile);
     if constexpr (Config::kQuerySlots > 1) {
       pending_query_ = queries_.slot;
     } else if (leader()) {
@@ -265,6 +329,61 @@ class Consumer {
       barrier_arrive(shared_.query_empty(queries_.slot));
     }
     __syncwarp();
+  }
+
+  // Asks for a second attempt where a row's exponents may have left float's range, or where values that are not finite
+  // may have reached rows that do not see them. Where all rows see them, NaN is the answer.
+  ONEPASS_DEVICE void look_for_trouble() const {
+    bool bad[2], found = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      bad[r] = !Config::kTerms && ((notes_ & kExtreme << r) != 0 || !(state_.sum[r] < kTotalLimit) ||
+                                   (kHalf && !(fabsf(o_[2 * r]) < kInfinity)));
+    if ((notes_ & kMasked) != 0) {
+      float probe[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) probe[i % 2] = fmaf(o_[i], 0.0f, probe[i % 2]);
+      found = probe[0] + probe[1] != 0.0f;
+    }
+    if (!__any_sync(~0u, found || bad[0] || bad[1])) return;
+    // A quad holds a row, so that a bad lane is four.
+    const uint2 rows = {spread_over_quads(__ballot_sync(~0u, bad[0])), spread_over_quads(__ballot_sync(~0u, bad[1]))};
+    store_shared(shared_.tile(queries_.slot) + bad_rows_at(), rows);
+    store_shared(shared_.tile(queries_.slot) + kRepeatAt, 1);
+  }
+
+  ONEPASS_DEVICE static std::uint32_t spread_over_quads(std::uint32_t lanes) {
+    lanes |= lanes >> 1 | lanes >> 2 | lanes >> 3;
+    return (lanes & 0x11111111u) * 0xFu;
+  }
+
+  ONEPASS_DEVICE int bad_rows_at() const { return kBadRowsAt + 8 * (4 * warpgroup_ + warp()); }
+
+  // What the first attempt has stored by TMA must have arrived: nothing orders it before ordinary stores.
+  ONEPASS_DEVICE void wait_for_first_attempt() const {
+    if (leader()) store_wait_all();
+    sync_warpgroup();
+  }
+
+  // Adds the infinities and NaNs that were cleared from V to what the warp has stored of the rows that see them.
+  ONEPASS_DEVICE void add_not_finite(const Tile& tile) const {
+    const int4 notes = load_shared(shared_.tile(queries_.slot) + 48);
+    if (notes.z == INT_MAX) return;
+    const int begin = notes.z * kKeys, end = (1 - notes.w) * kKeys;
+    __syncwarp();
+    for (int row = lane_row(tile.row) - lane() / 4, last = min(row + 16, tile.seqlen_q); row < last; ++row) {
+#pragma unroll 1
+      for (int column = lane(); column < problem_.head_dim_v; column += 32) {
+        const float extra = sum_not_finite<Element>(problem_, tile, row, column, begin, end);
+        if (extra == 0.0f) continue;
+        if (plan_.splits > 1) {
+          plan_.partial_out[partial_row(tile, row) * problem_.head_dim_v + column] += extra;
+        } else {
+          Element* const element = out_row(tile, row) + column;
+          *element = from_float<Element>(to_float(*element) + extra);
+        }
+      }
+    }
   }
 
   // Completes the row's sum, writes its LSE and returns the factor that turns O into the output.
@@ -320,12 +439,16 @@ class Consumer {
     }
   }
 
+  ONEPASS_DEVICE Element* out_row(const Tile& tile, int row) const {
+    return problem_.out.template row<Element>(batch_index(tile), tile.head, tile.query_start + row);
+  }
+
   ONEPASS_DEVICE void store_directly(const Tile& tile) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = lane_row(tile.row) + 8 * r;
       if (row >= tile.seqlen_q) continue;
-      Element* const to = problem_.out.template row<Element>(batch_index(tile), tile.head, tile.query_start + row);
+      Element* const to = out_row(tile, row);
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
         const int column = 8 * j + lane() % 4 * 2;
@@ -369,7 +492,8 @@ class Consumer {
   int pending_query_ = -1;
   int first_;                    // the tile's first block
   int clean_begin_, clean_end_;  // keys that all rows of the warp see
-  int scrub_;
+  int mode_;                     // bits of TileMode
+  int notes_;                    // on the tile, see kMasked
   RowState state_;
   float s_[kKeys / 2];
   float o_[kHeadDim / 2];

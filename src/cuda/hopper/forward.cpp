@@ -19,7 +19,6 @@ namespace {
 
 constexpr std::int64_t kMaxTokens = std::int64_t{1} << 28;  // positions and window sums stay within int32
 constexpr std::int64_t kSectionBytes = 32 << 20;            // K and V of a section of heads: about half the L2
-constexpr std::int64_t kTallQueries = 8192;                 // from here 192-row tiles win (docs/hopper-forward.md)
 
 OperandShape query_shape(const Problem& p, std::int64_t dim) {
   return {dim, p.ragged() ? p.total_q : p.seqlen_q, p.num_heads, p.ragged() ? 1 : p.batch};
@@ -32,20 +31,17 @@ bool has_terms(const Problem& p) {
   return p.softcap > 0.0 || p.alibi_slopes != nullptr || p.bias || p.dropout_p > 0.0 || !(p.softmax_scale > 1e-20f);
 }
 
-bool is_banded(const Problem& p) { return p.window_left != kUnbounded || p.window_right != kUnbounded; }
-
 template <int kHeadDim>
 constexpr bool kCompiled = std::find(kHeadDims.begin(), kHeadDims.end(), kHeadDim) != kHeadDims.end();
 
-// The smallest kernels of this build that hold the problem's head dims.
+// Head dims up to kHeadDim, where this build has kernels for it.
 const ForwardKernel& choose_kernel(const Problem& p) {
   const std::int64_t dim = std::max(p.head_dim, p.head_dim_v);
   if constexpr (kCompiled<64>) {
     if (dim <= 64) return (has_terms(p) ? kForward64Terms : kForward64).of(p.dtype);
   }
   if constexpr (kCompiled<128>) {
-    const bool tall = dim > 64 && !is_banded(p) && !p.ragged() && p.seqlen_q >= kTallQueries;
-    if (dim <= 128) return (has_terms(p) ? kForward128Terms : tall ? kForward128Tall : kForward128).of(p.dtype);
+    if (dim <= 128) return (has_terms(p) ? kForward128Terms : kForward128).of(p.dtype);
   }
   if constexpr (kCompiled<256>) return (has_terms(p) ? kForward256Terms : kForward256).of(p.dtype);
   throw Error(ErrorCode::kUnsupported, std::string(p.operation) + ": head_dim: got " + std::to_string(dim) +

@@ -26,7 +26,6 @@ struct ForwardPair {
 };
 
 extern const ForwardPair kForward64, kForward128, kForward256;
-extern const ForwardPair kForward128Tall;  // 192 rows: long sequences without a causal mask
 extern const ForwardPair kForward64Terms, kForward128Terms, kForward256Terms;  // softcap, ALiBi, bias, dropout
 
 // Merges plan.splits partial results into problem.out and problem.lse.

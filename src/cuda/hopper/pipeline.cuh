@@ -26,6 +26,10 @@ struct Ring {
   }
 };
 
+// In a tile's slot, behind the tile, written by consumers: not 0: the tile must be repeated carefully; its first block
+// with values that are not finite, and minus its last one; of each warp the lanes whose upper and lower row need care.
+inline constexpr int kRepeatAt = 52, kFirstBadAt = 56, kLastBadAt = 60, kBadRowsAt = 64;
+
 // Addresses of everything in shared memory.
 template <class Config>
 struct SharedLayout {
@@ -35,6 +39,7 @@ struct SharedLayout {
   ONEPASS_DEVICE std::uint32_t query(int slot) const { return base + slot * Config::kQueryBytes; }
   ONEPASS_DEVICE std::uint32_t block(int slot) const { return base + Config::kBlocksAt + slot * Config::kBlockBytes; }
   ONEPASS_DEVICE std::uint32_t tile(int slot) const { return base + Config::kTilesAt + slot * Config::kTileBytes; }
+  ONEPASS_DEVICE std::uint32_t next_tile() const { return tile(Config::kQuerySlots); }  // the producer's
   ONEPASS_DEVICE std::uint32_t query_full(int slot) const { return base + Config::kBarriersAt + 8 * slot; }
   ONEPASS_DEVICE std::uint32_t query_empty(int slot) const { return query_full(Config::kQuerySlots + slot); }
   ONEPASS_DEVICE std::uint32_t block_full(int slot) const { return query_full(2 * Config::kQuerySlots + slot); }
@@ -50,6 +55,7 @@ struct SharedLayout {
       barrier_init(block_full(i), 1);
       barrier_init(block_empty(i), 4 * Config::kConsumers);  // every consumer warp
     }
+    for (int i = 0; i < Config::kQuerySlots; ++i) store_shared(tile(i) + kRepeatAt, 0);
     barrier_init_fence();
   }
 };

@@ -1,8 +1,6 @@
 // cuda/hopper/plan.h: what the host decides for one forward launch beyond the problem itself.
 #pragma once
 
-#include <cstdint>
-
 namespace onepass::cuda::hopper {
 
 struct Plan {
@@ -12,7 +10,6 @@ struct Plan {
   bool heavy_first = false;
   int section_keys = 0;  // keys of all heads of a section together
   bool tma_store = false;
-  std::uint32_t zero = 0;  // 0, but the compiler cannot know (see wait_for in softmax.cuh)
 
   // splits > 1: float32 partial results, (split, batch, head, query[, head_dim_v]); ragged: (split, head, total_q …).
   float* partial_out = nullptr;

@@ -75,6 +75,20 @@ ONEPASS_DEVICE void store_shared(std::uint32_t address, int4 value) {
                "r"(value.w)
                : "memory");
 }
+ONEPASS_DEVICE void store_shared(std::uint32_t address, int value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+ONEPASS_DEVICE void store_shared(std::uint32_t address, uint2 value) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
+}
+ONEPASS_DEVICE uint2 load_shared_8(std::uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+ONEPASS_DEVICE void min_shared(std::uint32_t address, int value) {
+  asm volatile("red.shared.min.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
 ONEPASS_DEVICE int4 load_shared(std::uint32_t address) {
   int4 value;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

@@ -3,13 +3,18 @@
 // result beside Q.
 #pragma once
 
+#include <climits>
+
 #include "core/problem.h"
 #include "cuda/common/sequence.cuh"
-#include "cuda/hopper/config.cuh"
+#include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/plan.h"
-#include "cuda/hopper/ptx.cuh"
 
 namespace onepass::cuda::hopper {
+
+// kScrub: memory beyond the visible keys is not zero, V's rows there must be cleared. kCareful: the second attempt at a
+// tile where something was not finite.
+enum TileMode : int { kScrub = 1, kCareful = 2 };
 
 // kRows queries of one head against the blocks [first_block, first_block + blocks) of kKeys keys.
 struct Tile {
@@ -17,17 +22,18 @@ struct Tile {
   int query_start, seqlen_q;
   int key_start, key_begin, key_end, diagonal;
   int first_block, blocks;
-  int scrub;  // memory beyond the visible keys is not zero: V's rows there must be cleared
+  int mode;  // bits of TileMode
 
   ONEPASS_DEVICE bool valid() const { return split >= 0; }
 };
-static_assert(sizeof(Tile) <= 64);
+
+static_assert(sizeof(Tile) <= kRepeatAt);
 
 ONEPASS_DEVICE void store_tile(std::uint32_t address, const Tile& t) {
   store_shared(address, {t.batch, t.head, t.row, t.split});
   store_shared(address + 16, {t.query_start, t.seqlen_q, t.key_start, t.key_begin});
   store_shared(address + 32, {t.key_end, t.diagonal, t.first_block, t.blocks});
-  store_shared(address + 48, {t.scrub, 0, 0, 0});
+  store_shared(address + 48, {t.mode, 0, INT_MAX, INT_MAX});
 }
 
 ONEPASS_DEVICE Tile load_tile(std::uint32_t address) {
@@ -41,9 +47,10 @@ template <class Config>
 class TileStream {
  public:
   ONEPASS_DEVICE TileStream(const Problem& problem, const Plan& plan)
-      : problem_(problem), plan_(plan), index_(blockIdx.x) {}
+      : problem_(problem), plan_(plan), drawn_(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {}
 
   ONEPASS_DEVICE Tile next() {
+    index_ = static_cast<int>(gridDim.x) + __shfl_sync(~0u, drawn_, 0);
     Tile tile{};
     tile.split = -1;
     if (index_ < plan_.tiles) problem_.ragged() ? decode_ragged(tile) : decode_dense(tile);
@@ -52,14 +59,13 @@ class TileStream {
   }
 
  private:
+  // Nobody waits for the number here: it is on its way while the tile's blocks are loaded.
   ONEPASS_DEVICE void draw() {
     if (plan_.tiles <= gridDim.x) {  // every CTA has had its only one
-      index_ = plan_.tiles;
-      return;
+      drawn_ = plan_.tiles;
+    } else if (threadIdx.x % 32 == 0) {
+      drawn_ = atomicAdd(plan_.counter, 1);
     }
-    int drawn = 0;
-    if (threadIdx.x % 32 == 0) drawn = atomicAdd(plan_.counter, 1);
-    index_ = static_cast<int>(gridDim.x) + __shfl_sync(~0u, drawn, 0);
   }
 
   ONEPASS_DEVICE void decode_dense(Tile& tile) const {
@@ -127,7 +133,7 @@ class TileStream {
     tile.key_begin = s.key_begin;
     tile.key_end = s.key_end;
     tile.diagonal = s.diagonal;
-    tile.scrub = problem_.ragged() || problem_.key_begin != nullptr || problem_.key_end != nullptr;
+    tile.mode = problem_.ragged() || problem_.key_begin != nullptr || problem_.key_end != nullptr ? kScrub : 0;
     const int last_row = min(tile.row + Config::kRows, s.seqlen_q) - 1;
     const Range keys = tile_keys(problem_, s, tile.row, last_row).any;
     int first = keys.begin / Config::kKeys;
@@ -141,7 +147,8 @@ class TileStream {
 
   const Problem& problem_;
   const Plan& plan_;
-  int index_;
+  int drawn_;                      // the next tile's number beyond the CTAs' first ones, in lane 0
+  int index_ = 0;                  // of the tile in hand
   int sequence_ = 0, before_ = 0;  // ragged: the cursor's sequence and the tiles before it
 };
 

@@ -30,15 +30,15 @@ ONEPASS_DEVICE void issue_scores(float (&s)[R], std::uint32_t query, std::uint32
   wgmma_commit();
 }
 
-// O[64][kHeadDim] (+)= P[64][kKeys]·V[kKeys][kHeadDim].
-template <class Config, int kKeys, bool kFresh, int R, int W>
+// O[64][kHeadDim] += P[64][Config::kKeys]·V[Config::kKeys][kHeadDim].
+template <class Config, int R, int W>
 ONEPASS_DEVICE void issue_values(float (&o)[R], const std::uint32_t (&p)[W], std::uint32_t values) {
   const std::uint64_t b = matrix_descriptor(values, Config::kKeys * 128);
   pin(o);
   wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < kKeys / 16; ++i) {
-    Wgmma<typename Config::Element, Config::kHeadDim>::rs(o, p + 4 * i, b + i * (16 * 128 / 16), !kFresh || i != 0);
+  for (int i = 0; i < Config::kKeys / 16; ++i) {
+    Wgmma<typename Config::Element, Config::kHeadDim>::rs(o, p + 4 * i, b + i * (16 * 128 / 16), 1);
   }
   wgmma_commit();
 }
