@@ -12,6 +12,8 @@ const Backend kHopperBackend{
     .describe = cuda::describe_devices,
     .supports_forward = cuda::hopper::supports_forward,
     .forward = cuda::hopper::forward,
+    .supports_piecewise = cuda::hopper::supports_piecewise,
+    .piecewise = cuda::hopper::piecewise,
 };
 
 }  // namespace onepass

@@ -11,23 +11,27 @@ namespace onepass::cuda::hopper {
 inline constexpr int kSharedMemoryLimit = 232448;  // bytes that one block may use on sm_90
 inline constexpr int kSlabColumns = 64;            // 16-bit columns of one 128-byte swizzled row
 
-template <class T, int kHeadDim_, int kConsumers_, int kKeys_, bool kTerms_>
+// What becomes of q·k: the plain kernel's softmax_scale·q·k, softcap, ALiBi, bias and dropout besides, or two pairs of
+// queries and keys of which the distance chooses.
+enum class Scores { kPlain, kTerms, kPiecewise };
+
+template <class T, int kHeadDim_, int kConsumers_, int kKeys_, Scores kScores>
 struct ForwardConfig {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;      // both head dims, zero-filled up to it
   static constexpr int kConsumers = kConsumers_;  // consumer warpgroups
   static constexpr int kKeys = kKeys_;            // keys of a block
-  static constexpr bool kTerms = kTerms_;         // softcap, ALiBi, bias, dropout
+  static constexpr bool kTerms = kScores == Scores::kTerms;
+  static constexpr bool kPiecewise = kScores == Scores::kPiecewise;
 
   static constexpr int kRows = 64 * kConsumers;
-  // A first block whose other keys nobody sees; not worth its code beside the extra terms.
-  static constexpr int kHalfKeys = kTerms ? kKeys : (kKeys / 2 + 15) / 16 * 16;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kHeadDim <= 64 ? 160 : 152;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 512 - 3 * kConsumerRegisters;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
 
   static constexpr int kSlabs = (kHeadDim + kSlabColumns - 1) / kSlabColumns;
-  static constexpr int kQueryBytes = kRows * kSlabs * 128;
+  static constexpr int kFarQueryAt = kRows * kSlabs * 128;  // behind the near pair's queries
+  static constexpr int kQueryBytes = kFarQueryAt * (kPiecewise ? 2 : 1);
   static constexpr int kBlockBytes = kKeys * kSlabs * 128;
   static constexpr int kQuerySlots = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kFittingSlots = (kSharedMemoryLimit - 2048 - kQuerySlots * kQueryBytes) / kBlockBytes;
@@ -38,7 +42,7 @@ struct ForwardConfig {
   static constexpr int kTilesAt = kBlocksAt + kBlockSlots * kBlockBytes;
   static constexpr int kTileBytes = 64 + 32 * kConsumers;  // the tile, then two words of each consumer warp
   static constexpr int kBarriersAt = kTilesAt + (kQuerySlots + 1) * kTileBytes;
-  static constexpr int kSharedMemory = 1024 + kBarriersAt + 16 * (kQuerySlots + kBlockSlots);  // 1024: alignment
+  static constexpr int kSharedMemory = 1024 + kBarriersAt + 24 * kQuerySlots + 16 * kBlockSlots + 16;
 
   static_assert(kBlockSlots >= 4, "K and V need two blocks each");
   static_assert(kSharedMemory <= kSharedMemoryLimit, "shared memory");

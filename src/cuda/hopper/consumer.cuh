@@ -22,13 +22,12 @@ class Consumer {
   using Element = typename Config::Element;
   static constexpr int kKeys = Config::kKeys;
   static constexpr int kHeadDim = Config::kHeadDim;
-  static constexpr int kHalfKeys = Config::kHalfKeys;
   // Weights beside an old maximum may leave float16's range long before a row's sum leaves float's. At head_dim 256
   // there are no registers for more than noticing it.
   static constexpr bool kHalf = std::is_same_v<Element, __half>;
   static constexpr bool kSettles = kHalf && kHeadDim <= 128 && !Config::kTerms;
 
-  ONEPASS_DEVICE Consumer(const Problem& problem, const Plan& plan, const CUtensorMap* out_map,
+  ONEPASS_DEVICE Consumer(const Problem& problem, const Plan& plan, const CUtensorMap& out_map,
                           const SharedLayout<Config>& shared, int warpgroup)
       : problem_(problem),
         plan_(plan),
@@ -78,64 +77,105 @@ class Consumer {
     }
     const int row = tile.row + 64 * warpgroup_;
     if (tile.blocks == 0 || row >= tile.seqlen_q) {  // nothing to see, or nobody to see it
-      for (int i = 0; i < 2 * tile.blocks; ++i) release_block(take_block());
+      for (int i = 2 * steps_of<Config>(plan_, tile).count; i > 0; --i) release_block(take_block());
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o_[i] = 0.0f;
       release_previous_query();
       return;
     }
-    clean_begin_ = visible_begin(problem_, tile, row + 16 * warp() + 15);
-    clean_end_ = visible_end(problem_, tile, row + 16 * warp());
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) o_[i] = 0.0f;
+    if constexpr (Config::kPiecewise) {
+      attend_to_pairs<kQuick>(tile);
+    } else {
+      attend_to_blocks<kQuick>(tile);
+    }
+  }
+
+  template <bool kQuick>
+  ONEPASS_DEVICE void attend_to_blocks(const Tile& tile) {
+    // On the causal diagonal and in tails a warpgroup often sees nothing of the tile's last block.
     first_ = tile.first_block;
-    // On the causal diagonal and in tails a warpgroup often sees nothing of the tile's last block, or its first half.
     int last = first_ + tile.blocks - 1;
-    const int end = visible_end(problem_, tile, row + 63);
+    const int end = visible_end(window(), tile, tile.row + 64 * warpgroup_ + 63);
     const bool skip = tile.blocks > 1 && end <= last * kKeys;
     if (skip) {
       release_block(take_block());
       --last;
     }
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o_[i] = 0.0f;
-    if (kHalfKeys < kKeys && end <= last * kKeys + kHalfKeys) {
-      first_block<kHalfKeys, kQuick>(last, skip);
-    } else {
-      first_block<kKeys, kQuick>(last, skip);
+    set_clean_keys(tile);
+    first_block<kQuick>(last, skip);
+    for (int block = last - 1; block >= first_; --block) step<kQuick>(block, block + 1);
+    last_values<kQuick>(first_);
+  }
+
+  template <bool kQuick>
+  ONEPASS_DEVICE void attend_to_pairs(const Tile& tile) {
+    const Steps steps = steps_of<Config>(plan_, tile);
+    far_ = steps.far(0);
+    set_clean_keys(tile);
+    first_block<kQuick>(steps.block(0), false);
+    for (int i = 1; i < steps.count; ++i) {
+      const bool turns = i == steps.near;
+      if (turns) {
+        far_ = true;
+        clean_begin_ = INT_MAX;  // the far pair's scores need maxima of their own
+      }
+      step<kQuick>(steps.block(i), steps.block(i - 1));
+      if (turns) set_clean_keys(this->tile());
     }
-    for (int block = last - 1; block >= first_; --block) step<kQuick>(block);
-    last_values<kQuick>();
+    last_values<kQuick>(steps.block(steps.count - 1));
+  }
+
+  // Keys that all rows of the warp see, and the row before it: where the first row's keys end with a block that is not
+  // the first one, that block must be looked at for the row's maximum.
+  ONEPASS_DEVICE void set_clean_keys(const Tile& tile) {
+    const int row = tile.row + 64 * warpgroup_ + 16 * warp();
+    clean_begin_ = visible_begin(window(), tile, row + 15);
+    clean_end_ = visible_end(window(), tile, row - 1);
+  }
+
+  // Of the pair whose keys are being worked through.
+  ONEPASS_DEVICE Window window() const {
+    Window window = window_of(problem_);
+    if constexpr (Config::kPiecewise) {
+      if (far_) {
+        window.right = plan_.far_right;
+      } else {
+        window.left = plan_.near_left;
+      }
+    }
+    return window;
   }
 
   // skipped: the values of block last + 1 are still to come.
-  template <int kWidth, bool kQuick>
+  template <bool kQuick>
   ONEPASS_DEVICE void first_block(int last, bool skipped) {
     const int keys = take_block();
-    issue_scores<Config, kWidth>(s_, query(), shared_.block(keys));
+    issue_scores<Config, kKeys>(s_, scored_query(), shared_.block(keys));
     release_previous_query();
     wgmma_wait<0>(s_);
     release_block(keys);
     if (skipped) release_block(take_block());
-    softmax<kWidth, true, kQuick>(last, -1);
-#pragma unroll
-    for (int i = kWidth / 4; i < kKeys / 4; ++i) p_[i] = 0;
+    softmax<true, kQuick>(last, -1);
   }
 
-  // Scores of `block` while P of the block after it is multiplied with its values.
+  // Scores of `block` while P of the block `before` is multiplied with its values.
   template <bool kQuick>
-  ONEPASS_DEVICE void step(int block) {
-    scrub_values<kQuick>(block + 1, blocks_.next());
+  ONEPASS_DEVICE void step(int block, int before) {
+    scrub_values<kQuick>(before, blocks_.next());
     const int keys = take_block();
-    issue_scores<Config, kKeys>(s_, query(), shared_.block(keys));
+    issue_scores<Config, kKeys>(s_, scored_query(), shared_.block(keys));
     const int values = take_block();
     issue_values<Config>(o_, p_, shared_.block(values));
     wgmma_wait<1>(s_);
     release_block(keys);
-    softmax<kKeys, false, kQuick>(block, values);
+    softmax<false, kQuick>(block, values);
   }
 
   template <bool kQuick>
-  ONEPASS_DEVICE void last_values() {
-    scrub_values<kQuick>(first_, blocks_);
+  ONEPASS_DEVICE void last_values(int block) {
+    scrub_values<kQuick>(block, blocks_);
     const int values = take_block();
     issue_values<Config>(o_, p_, shared_.block(values));
     wgmma_wait<0>(o_);
@@ -144,31 +184,36 @@ class Consumer {
 
   // ---- softmax ------------------------------------------------------------------------------------------------------
   // Weights of S into P, once O += P·V has read the old ones and hands `values` back; O follows new maxima.
-  template <int kWidth, bool kFirst, bool kQuick>
+  template <bool kFirst, bool kQuick>
   ONEPASS_DEVICE void softmax(int block, int values) {
     const int start = block * kKeys;
     float alpha[2] = {1.0f, 1.0f}, sum[2];
     bool rescale = kFirst || Config::kTerms;
-    if constexpr (Config::kTerms) add_terms<kWidth>(start);
-    if (start < clean_begin_ || start + kWidth > clean_end_) {
+    if constexpr (Config::kTerms) add_terms(start);
+    if (start < clean_begin_ || start + kKeys > clean_end_) {
       const Tile tile = this->tile();
-      mask_block<kWidth>(s_, problem_, tile, lane_row(tile.row), start);
+      mask_block<kKeys>(s_, window(), tile, lane_row(tile.row), start);
       notes_ |= kMasked;
       rescale = true;
     }
     if constexpr (kQuick) {
       if (rescale) {
-        update_max<kWidth>(s_, state_, {true, true}, alpha, unit_);
+        update_max<kKeys>(s_, state_, {true, true}, alpha, unit_);
         note_extremes();
       }
-      exponentiate<kWidth>(s_, {state_.max[0] * unit_, state_.max[1] * unit_}, sum, unit_);
+      exponentiate<kKeys>(s_, {state_.max[0] * unit_, state_.max[1] * unit_}, sum, unit_);
     } else {
-      weigh_carefully<kWidth>(rescale, alpha, sum);
+      weigh_carefully(rescale, alpha, sum);
       rescale = true;
+    }
+    if constexpr (kHalf && kQuick && !kSettles) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (!(sum[r] < kHalfLimit)) sum[r] = kInfinity;
     }
     if constexpr (kSettles && !kFirst) {  // a first block's maxima are its own
       if (__any_sync(~0u, !(sum[0] + sum[1] < kSumLimit))) {
-        settle<kWidth>(s_, state_, sum, alpha, unit_);
+        settle<kKeys>(s_, state_, sum, alpha, unit_);
         rescale = true;
       }
     } else if (sum[0] + sum[1] < 0.0f) {
@@ -176,7 +221,7 @@ class Consumer {
       barrier_arrive(shared_.block_empty(0));
     }
     if constexpr (Config::kTerms) {
-      if (problem_.dropout_p > 0.0) drop<kWidth>(start);
+      if (problem_.dropout_p > 0.0) drop(start);
     }
     if constexpr (!kFirst) {
       wgmma_wait<0>(o_);
@@ -187,7 +232,7 @@ class Consumer {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kWidth / 4; ++i) p_[i] = pack<Element>(s_[2 * i], s_[2 * i + 1]);
+    for (int i = 0; i < kKeys / 4; ++i) p_[i] = pack<Element>(s_[2 * i], s_[2 * i + 1]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) state_.sum[r] = fmaf(state_.sum[r], alpha[r], sum[r]);
   }
@@ -202,12 +247,11 @@ class Consumer {
 
   // Rows whose first attempt went wrong have exact maxima and exponents formed from differences; the others must get
   // the bits that they have without such a neighbour. With extra terms every row is treated so, at the first attempt.
-  template <int kWidth>
   ONEPASS_DEVICE void weigh_carefully(bool all_rows, float (&alpha)[2], float (&sum)[2]) {
     const bool bad[2] = {Config::kTerms || (notes_ & kBad) != 0, Config::kTerms || (notes_ & kBad << 1) != 0};
-    update_max<kWidth>(s_, state_, {all_rows || bad[0], all_rows || bad[1]}, alpha, unit_);
-    subtract<kWidth>(s_, {bad[0] ? state_.max[0] : 0.0f, bad[1] ? state_.max[1] : 0.0f});
-    exponentiate<kWidth>(s_, {bad[0] ? 0.0f : state_.max[0] * unit_, bad[1] ? 0.0f : state_.max[1] * unit_}, sum,
+    update_max<kKeys>(s_, state_, {all_rows || bad[0], all_rows || bad[1]}, alpha, unit_);
+    subtract<kKeys>(s_, {bad[0] ? state_.max[0] : 0.0f, bad[1] ? state_.max[1] : 0.0f});
+    exponentiate<kKeys>(s_, {bad[0] ? 0.0f : state_.max[0] * unit_, bad[1] ? 0.0f : state_.max[1] * unit_}, sum,
                          unit_);
   }
 
@@ -216,9 +260,8 @@ class Consumer {
     return {lane_row(tile.row), start + lane() % 4 * 2};
   }
 
-  template <int kWidth>
   ONEPASS_DEVICE void add_terms(int start) {
-    using Fragment = float[1][kWidth / 8][4];
+    using Fragment = float[1][kKeys / 8][4];
     const Tile tile = this->tile();
     DeviceSequence sequence{};
     sequence.seqlen_q = tile.seqlen_q;
@@ -228,10 +271,9 @@ class Consumer {
                        element_at(tile, start), sequence);
   }
 
-  template <int kWidth>
   ONEPASS_DEVICE void drop(int start) {
     const Tile tile = this->tile();
-    for_each_dropout<1, kWidth / 8>(dropout_rule(problem_, tile.batch, tile.head), element_at(tile, start),
+    for_each_dropout<1, kKeys / 8>(dropout_rule(problem_, tile.batch, tile.head), element_at(tile, start),
                                     [this](int, int c, int e, bool survives) {
                                       if (!survives) s_[4 * c + e] = 0.0f;
                                     });
@@ -246,6 +288,9 @@ class Consumer {
   ONEPASS_DEVICE void sync_warpgroup() const { named_barrier_sync(1 + warpgroup_, 128); }
 
   ONEPASS_DEVICE std::uint32_t query() const { return shared_.query(queries_.slot) + warpgroup_ * (64 * 128); }
+  ONEPASS_DEVICE std::uint32_t scored_query() const {
+    return query() + (Config::kPiecewise && far_ ? Config::kFarQueryAt : 0);
+  }
 
   // Waits for the ring's next block and returns its slot.
   ONEPASS_DEVICE int take_block() {
@@ -337,8 +382,7 @@ class Consumer {
     bool bad[2], found = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      bad[r] = !Config::kTerms && ((notes_ & kExtreme << r) != 0 || !(state_.sum[r] < kTotalLimit) ||
-                                   (kHalf && !(fabsf(o_[2 * r]) < kInfinity)));
+      bad[r] = !Config::kTerms && ((notes_ & kExtreme << r) != 0 || !(state_.sum[r] < kTotalLimit));
     if ((notes_ & kMasked) != 0) {
       float probe[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -473,7 +517,7 @@ class Consumer {
     sync_warpgroup();
     if (leader()) {
       for (int slab = 0; slab * kSlabColumns < problem_.head_dim_v; ++slab) {
-        tma_store(query() + slab * (Config::kRows * 128), out_map_, slab * kSlabColumns,
+        tma_store(query() + slab * (Config::kRows * 128), &out_map_, slab * kSlabColumns,
                   tile.query_start + tile.row + 64 * warpgroup_, tile.head, batch_index(tile));
       }
       store_commit();
@@ -482,7 +526,7 @@ class Consumer {
 
   const Problem& problem_;
   const Plan& plan_;
-  const CUtensorMap* out_map_;
+  const CUtensorMap& out_map_;
   const SharedLayout<Config> shared_;
   const int warpgroup_;
   const float unit_;  // score → exponent of 2
@@ -491,6 +535,7 @@ class Consumer {
   Ring<Config::kBlockSlots> blocks_;
   int pending_query_ = -1;
   int first_;                    // the tile's first block
+  bool far_ = false;             // the pair in hand
   int clean_begin_, clean_end_;  // keys that all rows of the warp see
   int mode_;                     // bits of TileMode
   int notes_;                    // on the tile, see kMasked

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/parallel.h"
+#include "core/piecewise.h"
 #include "core/with_lse.h"
 #include "cuda/device.h"
 #include "cuda/hopper/kernels.h"
@@ -19,6 +20,8 @@ namespace {
 
 constexpr std::int64_t kMaxTokens = std::int64_t{1} << 28;  // positions and window sums stay within int32
 constexpr std::int64_t kSectionBytes = 32 << 20;            // K and V of a section of heads: about half the L2
+// Beyond it, both pairs' queries leave too little shared memory for the ring.
+constexpr std::int64_t kMaxPiecewiseHeadDim = std::min<std::int64_t>(128, kHeadDims.back());
 
 OperandShape query_shape(const Problem& p, std::int64_t dim) {
   return {dim, p.ragged() ? p.total_q : p.seqlen_q, p.num_heads, p.ragged() ? 1 : p.batch};
@@ -35,15 +38,19 @@ template <int kHeadDim>
 constexpr bool kCompiled = std::find(kHeadDims.begin(), kHeadDims.end(), kHeadDim) != kHeadDims.end();
 
 // Head dims up to kHeadDim, where this build has kernels for it.
-const ForwardKernel& choose_kernel(const Problem& p) {
+const ForwardKernel& choose_kernel(const Problem& p, bool piecewise) {
   const std::int64_t dim = std::max(p.head_dim, p.head_dim_v);
   if constexpr (kCompiled<64>) {
-    if (dim <= 64) return (has_terms(p) ? kForward64Terms : kForward64).of(p.dtype);
+    if (dim <= 64) return (piecewise ? kPiecewise64 : has_terms(p) ? kForward64Terms : kForward64).of(p.dtype);
   }
   if constexpr (kCompiled<128>) {
-    if (dim <= 128) return (has_terms(p) ? kForward128Terms : kForward128).of(p.dtype);
+    const ForwardPair& plain = dim <= 96 ? kForward96 : kForward128;
+    if (dim <= 128) return (piecewise ? kPiecewise128 : has_terms(p) ? kForward128Terms : plain).of(p.dtype);
   }
-  if constexpr (kCompiled<256>) return (has_terms(p) ? kForward256Terms : kForward256).of(p.dtype);
+  if constexpr (kCompiled<256>) {
+    const ForwardPair& plain = dim <= 192 ? kForward192 : kForward256;
+    if (!piecewise) return (has_terms(p) ? kForward256Terms : plain).of(p.dtype);
+  }
   throw Error(ErrorCode::kUnsupported, std::string(p.operation) + ": head_dim: got " + std::to_string(dim) +
                                            "; need a head_dim with kernels in this build");
 }
@@ -68,13 +75,20 @@ int choose_splits(std::int64_t tiles, std::int64_t blocks, int multiprocessors) 
   return best;
 }
 
-Plan make_plan(const Problem& p, const ForwardKernel& kernel, int multiprocessors) {
+// piecewise: null, or the whole of which p is the near pair with the mask of all keys.
+Plan make_plan(const Problem& p, const PiecewiseProblem* piecewise, const ForwardKernel& kernel, int multiprocessors) {
   Plan plan;
   const std::int64_t row_tiles =
       p.ragged() ? p.total_q / kernel.rows + p.batch : p.batch * ceil_div(p.seqlen_q, kernel.rows);
   std::int64_t visible = p.seqlen_k;  // of a tile, at most
   if (p.window_left != kUnbounded && p.window_right != kUnbounded) {
     visible = std::clamp<std::int64_t>(p.window_left + p.window_right + kernel.rows, 1, visible);
+  }
+  if (piecewise != nullptr) {
+    plan.dist_threshold = static_cast<int>(clamped_threshold(*piecewise));
+    plan.near_left = near_part(*piecewise).window_left;
+    plan.far_right = far_part(*piecewise).window_right;
+    visible = 1;  // the keys of a tile are not split
   }
   plan.splits = choose_splits(row_tiles * p.num_heads, ceil_div(visible, kernel.keys), multiprocessors);
   const std::int64_t tiles = row_tiles * p.num_heads * plan.splits;
@@ -84,16 +98,17 @@ Plan make_plan(const Problem& p, const ForwardKernel& kernel, int multiprocessor
   }
   plan.tiles = static_cast<int>(tiles);
   plan.heavy_first = p.window_right != kUnbounded;
-  plan.section_keys = static_cast<int>(
+  plan.wave_keys = multiprocessors * kernel.rows;
+  plan.cached_keys = static_cast<int>(
       std::min<std::int64_t>(kSectionBytes / (2 * (p.head_dim + p.head_dim_v)) * p.group_size(), 1 << 30));
   plan.tma_store = !tma_rejects("out", p.out, query_shape(p, p.head_dim_v));
   return plan;
 }
 
-void attend(const Problem& problem, const ExecutionContext& context) {
+void attend(const Problem& problem, const PiecewiseProblem* piecewise, const ExecutionContext& context) {
   const int multiprocessors = device_info(problem.device.index).multiprocessors;
-  const ForwardKernel& kernel = choose_kernel(problem);
-  Plan plan = make_plan(problem, kernel, multiprocessors);
+  const ForwardKernel& kernel = choose_kernel(problem, piecewise != nullptr);
+  Plan plan = make_plan(problem, piecewise, kernel, multiprocessors);
   const std::int64_t grid = std::min<std::int64_t>(plan.tiles, multiprocessors);
 
   const std::int64_t partial_rows =
@@ -115,13 +130,23 @@ void attend(const Problem& problem, const ExecutionContext& context) {
           "cudaMemsetAsync");
   }
 
-  const CUtensorMap q = tensor_map(problem, problem.q, query_shape(problem, problem.head_dim), kernel.rows);
-  const CUtensorMap k = tensor_map(problem, problem.k, key_shape(problem, problem.head_dim), kernel.keys);
-  const CUtensorMap v = tensor_map(problem, problem.v, key_shape(problem, problem.head_dim_v), kernel.keys);
-  const CUtensorMap out =
-      plan.tma_store ? tensor_map(problem, problem.out, query_shape(problem, problem.head_dim_v), 64) : q;
+  const auto queries = [&](const Operand& q) {
+    return tensor_map(problem, q, query_shape(problem, problem.head_dim), kernel.rows);
+  };
+  const auto keys = [&](const Operand& k, std::int64_t dim) {
+    return tensor_map(problem, k, key_shape(problem, dim), kernel.keys);
+  };
+  TensorMaps maps{};
+  maps.q = queries(problem.q);
+  maps.k = keys(problem.k, problem.head_dim);
+  maps.v = keys(problem.v, problem.head_dim_v);
+  if (plan.tma_store) maps.out = tensor_map(problem, problem.out, query_shape(problem, problem.head_dim_v), 64);
+  if (piecewise != nullptr) {
+    maps.q_far = queries(piecewise->far.q);
+    maps.k_far = keys(piecewise->far.k, problem.head_dim);
+  }
   const LaunchShape shape{.blocks = grid, .threads = kernel.threads, .shared_memory = kernel.shared_memory};
-  launch(problem.operation, kernel.function, shape, problem.device.index, context.stream, q, k, v, out, problem, plan);
+  launch(problem.operation, kernel.function, shape, problem.device.index, context.stream, maps, problem, plan);
   if (plan.splits > 1) merge_splits(problem, plan, context.stream);
 }
 
@@ -151,13 +176,37 @@ Unsupported supports_forward(const Problem& p) {
   return std::nullopt;
 }
 
+Unsupported supports_piecewise(const PiecewiseProblem& problem) {
+  const Problem& p = problem.near;
+  if (auto reason = supports_forward(p)) return reason;
+  if (has_terms(p)) return "softcap, ALiBi, a bias, dropout or a softmax_scale below 1e-20 with two pairs";
+  if (std::max(p.head_dim, p.head_dim_v) > kMaxPiecewiseHeadDim) {
+    return "head_dim above " + std::to_string(kMaxPiecewiseHeadDim) + " with two pairs";
+  }
+  if (auto reason = tma_rejects("q2", problem.far.q, query_shape(p, p.head_dim))) return reason;
+  return tma_rejects("k2", problem.far.k, key_shape(p, p.head_dim));
+}
+
 void forward(const Problem& problem, const ExecutionContext& context) {
   const DeviceGuard guard(problem.device.index);
   const WithLse with_lse(problem, context);
   const Problem& attended = with_lse.problem();
-  attend(attended, context);
+  attend(attended, nullptr, context);
   if (problem.ragged()) clear_unowned_queries(attended, problem.out, problem.head_dim_v, attended.lse, context);
   if (problem.total_attention) sum_columns(attended, context);
+}
+
+void piecewise(const PiecewiseProblem& problem, const ExecutionContext& context) {
+  const DeviceGuard guard(problem.near.device.index);
+  const WithLse with_lse(problem.near, context);
+  PiecewiseProblem attended = problem;
+  attended.near = with_lse.problem();
+  const Problem& near = attended.near;
+  attend(near, &attended, context);
+  if (near.ragged()) clear_unowned_queries(near, near.out, near.head_dim_v, near.lse, context);
+  if (!near.total_attention) return;
+  sum_columns(near_part(attended), context);
+  sum_columns(far_part(attended), context, true);
 }
 
 }  // namespace onepass::cuda::hopper

@@ -8,4 +8,7 @@ namespace onepass::cuda::hopper {
 Unsupported supports_forward(const Problem& problem);
 void forward(const Problem& problem, const ExecutionContext& context);
 
+Unsupported supports_piecewise(const PiecewiseProblem& problem);
+void piecewise(const PiecewiseProblem& problem, const ExecutionContext& context);
+
 }  // namespace onepass::cuda::hopper

@@ -3,6 +3,6 @@
 
 namespace onepass::cuda::hopper {
 
-const ForwardPair kForward128 = describe_pair<128, 2, 128, false>();
+const ForwardPair kForward128 = describe_pair<128, 2, 128, Scores::kPlain>();
 
 }  // namespace onepass::cuda::hopper

@@ -3,6 +3,6 @@
 
 namespace onepass::cuda::hopper {
 
-const ForwardPair kForward128Terms = describe_pair<128, 2, 80, true>();
+const ForwardPair kForward128Terms = describe_pair<128, 2, 80, Scores::kTerms>();
 
 }  // namespace onepass::cuda::hopper

@@ -3,6 +3,6 @@
 
 namespace onepass::cuda::hopper {
 
-const ForwardPair kForward256 = describe_pair<256, 2, 80, false>();
+const ForwardPair kForward256 = describe_pair<256, 2, 80, Scores::kPlain>();
 
 }  // namespace onepass::cuda::hopper

@@ -3,6 +3,6 @@
 
 namespace onepass::cuda::hopper {
 
-const ForwardPair kForward256Terms = describe_pair<256, 2, 64, true>();
+const ForwardPair kForward256Terms = describe_pair<256, 2, 32, Scores::kTerms>();
 
 }  // namespace onepass::cuda::hopper

@@ -3,6 +3,6 @@
 
 namespace onepass::cuda::hopper {
 
-const ForwardPair kForward64 = describe_pair<64, 3, 128, false>();
+const ForwardPair kForward64 = describe_pair<64, 3, 128, Scores::kPlain>();
 
 }  // namespace onepass::cuda::hopper

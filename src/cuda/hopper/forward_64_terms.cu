@@ -3,6 +3,6 @@
 
 namespace onepass::cuda::hopper {
 
-const ForwardPair kForward64Terms = describe_pair<64, 2, 96, true>();
+const ForwardPair kForward64Terms = describe_pair<64, 2, 96, Scores::kTerms>();
 
 }  // namespace onepass::cuda::hopper

@@ -9,26 +9,32 @@ namespace onepass::cuda::hopper {
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                   const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap out_map,
-                   const __grid_constant__ Problem problem, const __grid_constant__ Plan plan) {
+    forward_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ Problem problem,
+                   const __grid_constant__ Plan plan) {
   extern __shared__ std::uint8_t shared_memory[];
   const SharedLayout<Config> shared(shared_address(shared_memory));
   if (threadIdx.x == 0) {
     shared.init_barriers();
-    tma_prefetch(&q_map);
-    tma_prefetch(&k_map);
-    tma_prefetch(&v_map);
+    tma_prefetch(&maps.q);
+    tma_prefetch(&maps.k);
+    tma_prefetch(&maps.v);
   }
   __syncthreads();
 
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   if (warpgroup == 0) {
     give_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32) Producer<Config>(problem, plan, {&q_map, &k_map, &v_map}, shared).run();
+    const Producer<Config> producer(problem, plan, maps, shared);
+    if (threadIdx.x == 0) {
+      producer.load_queries();
+    } else if (threadIdx.x == 32) {
+      producer.load_blocks();
+    } else if (threadIdx.x >= 64 && threadIdx.x < 96) {
+      producer.draw_tiles();
+    }
   } else {
     take_registers<Config::kConsumerRegisters>();
-    Consumer<Config>(problem, plan, &out_map, shared, warpgroup - 1).run();
+    Consumer<Config>(problem, plan, maps.out, shared, warpgroup - 1).run();
   }
 }
 

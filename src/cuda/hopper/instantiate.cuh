@@ -8,14 +8,13 @@ namespace onepass::cuda::hopper {
 
 template <class Config>
 ForwardKernel describe() {
-  return {forward_kernel<Config>, Config::kHeadDim, Config::kRows,
-          Config::kKeys,          Config::kThreads, Config::kSharedMemory};
+  return {forward_kernel<Config>, Config::kRows, Config::kKeys, Config::kThreads, Config::kSharedMemory};
 }
 
-template <int kHeadDim, int kConsumers, int kKeys, bool kTerms>
+template <int kHeadDim, int kConsumers, int kKeys, Scores kScores>
 ForwardPair describe_pair() {
-  return {describe<ForwardConfig<__half, kHeadDim, kConsumers, kKeys, kTerms>>(),
-          describe<ForwardConfig<__nv_bfloat16, kHeadDim, kConsumers, kKeys, kTerms>>()};
+  return {describe<ForwardConfig<__half, kHeadDim, kConsumers, kKeys, kScores>>(),
+          describe<ForwardConfig<__nv_bfloat16, kHeadDim, kConsumers, kKeys, kScores>>()};
 }
 
 }  // namespace onepass::cuda::hopper

@@ -8,11 +8,15 @@
 
 namespace onepass::cuda::hopper {
 
-using ForwardFunction = void (*)(CUtensorMap q, CUtensorMap k, CUtensorMap v, CUtensorMap out, Problem, Plan);
+struct TensorMaps {
+  CUtensorMap q, k, v, out;
+  CUtensorMap q_far, k_far;  // piecewise attention's second pair
+};
+
+using ForwardFunction = void (*)(TensorMaps, Problem, Plan);
 
 struct ForwardKernel {
   ForwardFunction function;
-  int head_dim;  // both head dims are at most this
   int rows;      // queries of a tile
   int keys;      // keys of a block
   int threads;
@@ -25,8 +29,9 @@ struct ForwardPair {
   const ForwardKernel& of(DType dtype) const { return dtype == DType::kFloat16 ? float16 : bfloat16; }
 };
 
-extern const ForwardPair kForward64, kForward128, kForward256;
+extern const ForwardPair kForward64, kForward96, kForward128, kForward192, kForward256;
 extern const ForwardPair kForward64Terms, kForward128Terms, kForward256Terms;  // softcap, ALiBi, bias, dropout
+extern const ForwardPair kPiecewise64, kPiecewise128;
 
 // Merges plan.splits partial results into problem.out and problem.lse.
 void merge_splits(const Problem& problem, const Plan& plan, void* stream);

@@ -35,8 +35,8 @@ ONEPASS_DEVICE float sum_not_finite(const Problem& problem, const Tile& tile, in
       problem.v.template row<T>(problem.ragged() ? 0 : tile.batch, tile.head / problem.group_size(), tile.key_start) +
       column;
   float sum = 0.0f;
-  begin = max(begin, visible_begin(problem, tile, row));
-  end = min(end, visible_end(problem, tile, row));
+  begin = max(begin, visible_begin(window_of(problem), tile, row));
+  end = min(end, visible_end(window_of(problem), tile, row));
   for (int key = begin; key < end; ++key) {
     const float value = to_float(values[key * problem.v.token_stride]);
     if (fabsf(value) < kInfinity) continue;

@@ -45,16 +45,23 @@ struct SharedLayout {
   ONEPASS_DEVICE std::uint32_t block_full(int slot) const { return query_full(2 * Config::kQuerySlots + slot); }
   ONEPASS_DEVICE std::uint32_t block_empty(int slot) const { return block_full(Config::kBlockSlots + slot); }
 
+  ONEPASS_DEVICE std::uint32_t next_full() const { return block_full(2 * Config::kBlockSlots); }
+  ONEPASS_DEVICE std::uint32_t next_empty() const { return next_full() + 8; }
+  ONEPASS_DEVICE std::uint32_t tile_full(int slot) const { return next_empty() + 8 + 8 * slot; }
+
   // One thread, before the block's first __syncthreads.
   ONEPASS_DEVICE void init_barriers() const {
     for (int i = 0; i < Config::kQuerySlots; ++i) {
       barrier_init(query_full(i), 1);
-      barrier_init(query_empty(i), Config::kConsumers);
+      barrier_init(query_empty(i), Config::kConsumers + 1);  // and who loads the tile's blocks
+      barrier_init(tile_full(i), 1);
     }
     for (int i = 0; i < Config::kBlockSlots; ++i) {
       barrier_init(block_full(i), 1);
       barrier_init(block_empty(i), 4 * Config::kConsumers);  // every consumer warp
     }
+    barrier_init(next_full(), 1);
+    barrier_init(next_empty(), 1);
     for (int i = 0; i < Config::kQuerySlots; ++i) store_shared(tile(i) + kRepeatAt, 0);
     barrier_init_fence();
   }

@@ -1,6 +1,8 @@
 // cuda/hopper/plan.h: what the host decides for one forward launch beyond the problem itself.
 #pragma once
 
+#include <cstdint>
+
 namespace onepass::cuda::hopper {
 
 struct Plan {
@@ -8,8 +10,14 @@ struct Plan {
   int* counter = nullptr;  // zero at launch; tiles beyond the first of each CTA are drawn from it
   int splits = 1;          // parts of each row tile's keys, merged by a second kernel
   bool heavy_first = false;
-  int section_keys = 0;  // keys of all heads of a section together
+  int cached_keys = 0;  // of heads whose keys and values share the L2
+  int wave_keys = 0;    // rows that all SMs work on at once
   bool tma_store = false;
+
+  // Piecewise attention: keys i' − j ≥ dist_threshold belong to the far pair, so that either pair has a window of its
+  // own, within the problem's.
+  int dist_threshold = 0;
+  std::int64_t near_left = 0, far_right = 0;
 
   // splits > 1: float32 partial results, (split, batch, head, query[, head_dim_v]); ragged: (split, head, total_q …).
   float* partial_out = nullptr;

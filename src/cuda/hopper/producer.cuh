@@ -1,105 +1,118 @@
-// cuda/hopper/producer.cuh: one warp that draws tiles and keeps the rings of Q, K and V full through TMA.
+// cuda/hopper/producer.cuh: what keeps the consumers busy, a warp each: one draws and decodes tiles, one hands them over
+// and loads their queries, one loads their blocks of keys and values. All loads are TMA's.
 #pragma once
 
+#include "cuda/hopper/kernels.h"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/scheduler.cuh"
 
 namespace onepass::cuda::hopper {
 
-struct OperandMaps {
-  const CUtensorMap *q, *k, *v;
-};
-
 template <class Config>
 class Producer {
  public:
-  ONEPASS_DEVICE Producer(const Problem& problem, const Plan& plan, const OperandMaps& maps,
+  ONEPASS_DEVICE Producer(const Problem& problem, const Plan& plan, const TensorMaps& maps,
                           const SharedLayout<Config>& shared)
       : problem_(problem),
-        group_size_(static_cast<int>(problem.group_size())),
         maps_(maps),
         shared_(shared),
-        stream_(problem, plan) {}
+        plan_(plan) {}
 
-  ONEPASS_DEVICE void run() {
-    fetch_next();
-    for (int idle = 0; idle < Config::kQuerySlots;) {
-      const std::uint32_t slot = shared_.tile(queries_.slot);
-      barrier_wait(shared_.query_empty(queries_.slot), queries_.phase ^ 1);
-      const bool repeat = load_shared(slot + 48).y != 0;
-      Tile tile = load_tile(repeat ? slot : shared_.next_tile());
-      const bool fresh = !repeat && tile.valid();
-      if (repeat) tile.mode |= kCareful;
-      idle = repeat || fresh ? 0 : idle + 1;
-      // A tile without rows makes the consumers let go of the slots before, whose tiles may have to be repeated.
-      if (idle > 0 && idle < Config::kQuerySlots) tile = Tile{.mode = kCareful};
+  // A whole warp. Decoding a tile takes as long as working through a short one.
+  ONEPASS_DEVICE void draw_tiles() const {
+    TileStream<Config> stream(problem_, plan_);
+    for (std::uint32_t phase = 1;; phase ^= 1) {
+      barrier_wait(shared_.next_empty(), phase);
+      const bool found = stream.next(shared_.next_tile());
+      if (threadIdx.x % 32 == 0) barrier_arrive(shared_.next_full());
       __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        hand_over(tile);
-        if (tile.valid()) load_blocks(tile);
+      if (!found) return;
+    }
+  }
+
+  // One thread.
+  ONEPASS_DEVICE void load_queries() const {
+    Ring<Config::kQuerySlots> queries;
+    std::uint32_t next_phase = 0;
+    bool none_left = false;
+    for (int idle = 0; idle < Config::kQuerySlots; queries.advance()) {
+      const std::uint32_t slot = shared_.tile(queries.slot);
+      barrier_wait(shared_.query_empty(queries.slot), queries.phase ^ 1);
+      Tile tile;
+      if (load_shared(slot + 48).y != 0) {  // asked for a second attempt
+        tile = load_tile(slot);
+        tile.mode |= kCareful;
+        idle = 0;
+      } else if (!none_left) {
+        barrier_wait(shared_.next_full(), next_phase);
+        next_phase ^= 1;
+        tile = load_tile(shared_.next_tile());
+        none_left = !tile.valid();
+        idle = none_left ? 1 : 0;
+      } else {
+        ++idle;
       }
-      queries_.advance();
-      __syncwarp();
-      if (fresh) fetch_next();
+      // A tile without rows makes the consumers let go of the slots before, whose tiles may have to be repeated.
+      if (idle > 0) tile = Tile{.split = idle < Config::kQuerySlots ? 0 : -1, .mode = kCareful};
+      store_tile(slot, tile);
+      barrier_arrive(shared_.tile_full(queries.slot));
+      const std::uint32_t full = shared_.query_full(queries.slot);
+      if (!tile.valid()) {
+        barrier_arrive(full);
+        continue;
+      }
+      barrier_expect(full, Config::kQueryBytes);
+      load_rows<Config::kRows>(maps_.q, full, shared_.query(queries.slot), tile, tile.query_start + tile.row, tile.head);
+      if constexpr (Config::kPiecewise) {
+        load_rows<Config::kRows>(maps_.q_far, full, shared_.query(queries.slot) + Config::kFarQueryAt, tile,
+                                 tile.query_start + tile.row, tile.head);
+      }
+    }
+  }
+
+  // One thread. K of the last block, then K and V in turn, then V of the first block: the order in which they are used.
+  ONEPASS_DEVICE void load_blocks() const {
+    Ring<Config::kQuerySlots> queries;
+    Ring<Config::kBlockSlots> blocks;
+    const int group_size = static_cast<int>(problem_.group_size());
+    for (;; queries.advance()) {
+      barrier_wait(shared_.tile_full(queries.slot), queries.phase);
+      const Tile tile = load_tile(shared_.tile(queries.slot));
+      barrier_arrive(shared_.query_empty(queries.slot));
+      if (!tile.valid()) return;
+      // Not earlier, so that no SM has drawn more tiles than need be when the others run out of them.
+      if ((tile.mode & kCareful) == 0) barrier_arrive(shared_.next_empty());
+      const int head = tile.head / group_size;
+      const Steps steps = steps_of<Config>(plan_, tile);
+#pragma unroll 1
+      for (int i = 0; i < 2 * steps.count; ++i) {
+        const bool values = i % 2 == 0 ? i > 0 : i == 2 * steps.count - 1;
+        const int step = (i + 1) / 2 - values;
+        const CUtensorMap& keys = Config::kPiecewise && steps.far(step) ? maps_.k_far : maps_.k;
+        const std::uint32_t full = shared_.block_full(blocks.slot);
+        barrier_wait(shared_.block_empty(blocks.slot), blocks.phase ^ 1);
+        barrier_expect(full, Config::kBlockBytes);
+        load_rows<Config::kKeys>(values ? maps_.v : keys, full, shared_.block(blocks.slot), tile,
+                                 tile.key_start + steps.block(step) * Config::kKeys, head);
+        blocks.advance();
+      }
     }
   }
 
  private:
-  // Kept in shared memory: registers are too few for it and the tile that is being served.
-  ONEPASS_DEVICE void fetch_next() {
-    const Tile tile = stream_.next();
-    if (threadIdx.x % 32 == 0) store_tile(shared_.next_tile(), tile);
-    __syncwarp();
-  }
-
-  ONEPASS_DEVICE void hand_over(const Tile& tile) {
-    const int slot = queries_.slot;
-    store_tile(shared_.tile(slot), tile);
-    if (!tile.valid()) {
-      barrier_arrive(shared_.query_full(slot));
-      return;
-    }
-    barrier_expect(shared_.query_full(slot), Config::kQueryBytes);
+  template <int kRows>
+  ONEPASS_DEVICE void load_rows(const CUtensorMap& map, std::uint32_t barrier, std::uint32_t to, const Tile& tile,
+                                int token, int head) const {
     for (int slab = 0; slab < Config::kSlabs; ++slab) {
-      tma_load(shared_.query(slot) + slab * (Config::kRows * 128), maps_.q, shared_.query_full(slot),
-               slab * kSlabColumns, tile.query_start + tile.row, tile.head, batch_index(tile));
+      tma_load(to + slab * (kRows * 128), &map, barrier, slab * kSlabColumns, token, head,
+               problem_.ragged() ? 0 : tile.batch);
     }
   }
-
-  // K of the last block, then K and V in turn, then V of the first block: the order in which they are used.
-  ONEPASS_DEVICE void load_blocks(const Tile& tile) {
-    if (tile.blocks == 0) return;
-    const int head = tile.head / group_size_;
-    const int last = tile.first_block + tile.blocks - 1;
-    load(tile, head, maps_.k, last);
-#pragma unroll 1
-    for (int block = last - 1; block >= tile.first_block; --block) {
-      load(tile, head, maps_.k, block);
-      load(tile, head, maps_.v, block + 1);
-    }
-    load(tile, head, maps_.v, tile.first_block);
-  }
-
-  ONEPASS_DEVICE void load(const Tile& tile, int head, const CUtensorMap* map, int block) {
-    const int slot = blocks_.slot;
-    barrier_wait(shared_.block_empty(slot), blocks_.phase ^ 1);
-    barrier_expect(shared_.block_full(slot), Config::kBlockBytes);
-    for (int slab = 0; slab < Config::kSlabs; ++slab) {
-      tma_load(shared_.block(slot) + slab * (Config::kKeys * 128), map, shared_.block_full(slot), slab * kSlabColumns,
-               tile.key_start + block * Config::kKeys, head, batch_index(tile));
-    }
-    blocks_.advance();
-  }
-
-  ONEPASS_DEVICE int batch_index(const Tile& tile) const { return problem_.ragged() ? 0 : tile.batch; }
 
   const Problem& problem_;
-  const int group_size_;
-  const OperandMaps maps_;
+  const TensorMaps& maps_;
   const SharedLayout<Config> shared_;
-  TileStream<Config> stream_;
-  Ring<Config::kQuerySlots> queries_;
-  Ring<Config::kBlockSlots> blocks_;
+  const Plan& plan_;
 };
 
 }  // namespace onepass::cuda::hopper

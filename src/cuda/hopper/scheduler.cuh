@@ -1,6 +1,5 @@
-// cuda/hopper/scheduler.cuh: which tile a CTA works on next. Tiles are drawn from a counter, those with the most keys
-// first within a section of heads whose keys and values share the L2; the producer decodes them, consumers read the
-// result beside Q.
+// cuda/hopper/scheduler.cuh: which tile a CTA works on next. Tiles are drawn from a counter and decoded by a warp of the
+// producer; consumers read the result beside Q.
 #pragma once
 
 #include <climits>
@@ -29,11 +28,18 @@ struct Tile {
 
 static_assert(sizeof(Tile) <= kRepeatAt);
 
-ONEPASS_DEVICE void store_tile(std::uint32_t address, const Tile& t) {
+// In two halves, so that the warp that decodes tiles need not hold a whole one.
+ONEPASS_DEVICE void store_place(std::uint32_t address, const Tile& t) {
   store_shared(address, {t.batch, t.head, t.row, t.split});
+}
+ONEPASS_DEVICE void store_bounds(std::uint32_t address, const Tile& t) {
   store_shared(address + 16, {t.query_start, t.seqlen_q, t.key_start, t.key_begin});
   store_shared(address + 32, {t.key_end, t.diagonal, t.first_block, t.blocks});
   store_shared(address + 48, {t.mode, 0, INT_MAX, INT_MAX});
+}
+ONEPASS_DEVICE void store_tile(std::uint32_t address, const Tile& t) {
+  store_place(address, t);
+  store_bounds(address, t);
 }
 
 ONEPASS_DEVICE Tile load_tile(std::uint32_t address) {
@@ -42,45 +48,88 @@ ONEPASS_DEVICE Tile load_tile(std::uint32_t address) {
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w, d.x};
 }
 
-// Run by a whole warp; every lane gets the same tile.
+// How many keys before and behind its own a row sees, as in Problem.
+struct Window {
+  std::int64_t left, right;
+};
+ONEPASS_DEVICE Window window_of(const Problem& problem) { return {problem.window_left, problem.window_right}; }
+
+// Visible keys [begin, end) of a row of the sequence.
+ONEPASS_DEVICE int visible_begin(const Window& window, const Tile& tile, int row) {
+  if (window.left == kUnbounded) return tile.key_begin;
+  return max(tile.key_begin, row + tile.diagonal - static_cast<int>(window.left));
+}
+ONEPASS_DEVICE int visible_end(const Window& window, const Tile& tile, int row) {
+  if (window.right == kUnbounded) return tile.key_end;
+  return min(tile.key_end, row + tile.diagonal + static_cast<int>(window.right) + 1);
+}
+
+// The order in which a tile's blocks are worked through: from the last one down; of piecewise attention first those of
+// the near pair, then those of the far pair. A block that both pairs have keys in comes twice.
+struct Steps {
+  int top[2];  // block of the near and of the far pair's step 0, if it had one
+  int near, count;
+
+  ONEPASS_DEVICE bool far(int step) const { return step >= near; }
+  ONEPASS_DEVICE int block(int step) const { return (far(step) ? top[1] : top[0]) - step; }
+};
+
+template <class Config>
+ONEPASS_DEVICE Steps steps_of(const Plan& plan, const Tile& tile) {
+  const int first = tile.first_block, end = first + tile.blocks;
+  if constexpr (!Config::kPiecewise) return {{end - 1, end - 1}, tile.blocks, tile.blocks};
+  // Of the tile's rows, the lowest key that is near and the highest that is far.
+  const int near_key = tile.row + tile.diagonal - plan.dist_threshold + 1;
+  const int far_key = near_key - 1 + min(Config::kRows, tile.seqlen_q - tile.row) - 1;
+  const int near_first = min(max(near_key / Config::kKeys, first), end);
+  const int far_end = far_key < 0 ? first : min(max(far_key / Config::kKeys + 1, first), end);
+  const int near = end - near_first;
+  return {{end - 1, far_end - 1 + near}, near, near + far_end - first};
+}
+
+// Causal tiles are drawn in sections of heads, a section's tiles with most keys first. As many heads as fill the SMs
+// once, so that tiles that load much and tiles that load little run side by side; for long sequences a few heads more,
+// so that no SM is left with a long tile at the end, as far as the L2 holds their keys and values.
+inline constexpr int kSectionHeads = 8;
+
+// Run by a whole warp.
 template <class Config>
 class TileStream {
  public:
-  ONEPASS_DEVICE TileStream(const Problem& problem, const Plan& plan)
-      : problem_(problem), plan_(plan), drawn_(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {}
+  ONEPASS_DEVICE TileStream(const Problem& problem, const Plan& plan) : problem_(problem), plan_(plan) {}
 
-  ONEPASS_DEVICE Tile next() {
-    index_ = static_cast<int>(gridDim.x) + __shfl_sync(~0u, drawn_, 0);
-    Tile tile{};
-    tile.split = -1;
-    if (index_ < plan_.tiles) problem_.ragged() ? decode_ragged(tile) : decode_dense(tile);
-    draw();
-    return tile;
+  // Writes the next tile to shared memory; false when none is left.
+  ONEPASS_DEVICE bool next(std::uint32_t address) {
+    index_ = draw();
+    const bool found = index_ < plan_.tiles && (problem_.ragged() ? decode_ragged(address) : decode_dense(address));
+    if (!found && first_lane()) store_place(address, {.split = -1});
+    return found;
   }
 
  private:
-  // Nobody waits for the number here: it is on its way while the tile's blocks are loaded.
-  ONEPASS_DEVICE void draw() {
-    if (plan_.tiles <= gridDim.x) {  // every CTA has had its only one
-      drawn_ = plan_.tiles;
-    } else if (threadIdx.x % 32 == 0) {
-      drawn_ = atomicAdd(plan_.counter, 1);
-    }
+  ONEPASS_DEVICE static bool first_lane() { return threadIdx.x % 32 == 0; }
+
+  ONEPASS_DEVICE int draw() const {
+    if (index_ < 0) return static_cast<int>(blockIdx.x);
+    if (plan_.tiles <= gridDim.x) return plan_.tiles;  // every CTA has had its only one
+    const int number = first_lane() ? atomicAdd(plan_.counter, 1) : 0;
+    return static_cast<int>(gridDim.x) + __shfl_sync(~0u, number, 0);
   }
 
-  ONEPASS_DEVICE void decode_dense(Tile& tile) const {
+  ONEPASS_DEVICE bool decode_dense(std::uint32_t address) const {
     const int row_tiles = (static_cast<int>(problem_.seqlen_q) + Config::kRows - 1) / Config::kRows;
     const int heads = static_cast<int>(problem_.num_heads);
-    int plane = 0;
-    place(tile, index_, row_tiles, static_cast<int>(problem_.batch) * heads, static_cast<int>(problem_.seqlen_k),
-          plane);
+    Tile tile;
+    const int plane = place(tile, index_, row_tiles, static_cast<int>(problem_.batch) * heads,
+                            static_cast<int>(problem_.seqlen_k));
     tile.batch = plane / heads;
     tile.head = plane - tile.batch * heads;
-    set_bounds(tile, device_sequence(problem_, tile.batch));
+    finish(address, tile, device_sequence(problem_, tile.batch));
+    return true;
   }
 
   // Sequences in the order given; the cursor only moves forward because a CTA draws rising indices.
-  ONEPASS_DEVICE void decode_ragged(Tile& tile) {
+  ONEPASS_DEVICE bool decode_ragged(std::uint32_t address) {
     const int lane = threadIdx.x % 32, batch = static_cast<int>(problem_.batch);
     const int heads = static_cast<int>(problem_.num_heads);
     while (sequence_ < batch) {
@@ -103,30 +152,39 @@ class TileStream {
       }
       const int found = __ffs(static_cast<int>(beyond)) - 1;
       const int start = before_ + __shfl_sync(~0u, through - tiles, found);
+      Tile tile;
       tile.batch = sequence_ + found;
       const DeviceSequence s = device_sequence(problem_, tile.batch);
-      place(tile, index_ - start, (s.seqlen_q + Config::kRows - 1) / Config::kRows, heads, s.seqlen_k, tile.head);
-      set_bounds(tile, s);
-      return;
+      tile.head = place(tile, index_ - start, (s.seqlen_q + Config::kRows - 1) / Config::kRows, heads, s.seqlen_k);
+      finish(address, tile, s);
+      return true;
     }
+    return false;
   }
 
-  // Tile number `index` of `planes` heads with row_tiles row tiles each.
-  ONEPASS_DEVICE void place(Tile& tile, int index, int row_tiles, int planes, int seqlen_k, int& plane) const {
-    tile.split = index % plan_.splits;
-    index /= plan_.splits;
+  // Row and split of tile number `index` of `planes` heads with row_tiles row tiles each; returns the head among them.
+  ONEPASS_DEVICE int place(Tile& tile, int index, int row_tiles, int planes, int seqlen_k) const {
+    tile.split = 0;
+    if (plan_.splits > 1) {
+      tile.split = index % plan_.splits;
+      index /= plan_.splits;
+    }
     int section = 1;
-    if (plan_.heavy_first) section = clamp_to(plan_.section_keys / max(seqlen_k, 1), 1, planes);
+    if (plan_.heavy_first) {
+      const int cached = plan_.cached_keys / max(seqlen_k, 1), wave = plan_.wave_keys / max(seqlen_k, 1);
+      section = min(max(min(cached, max(wave, kSectionHeads)), 1), planes);
+    }
     const int section_tiles = section * row_tiles;
     const int number = index / section_tiles;
     const int within = index - number * section_tiles;
     const int width = min(section, planes - number * section);
     const int row_tile = plan_.heavy_first ? row_tiles - 1 - within / width : within;
-    plane = number * section + (plan_.heavy_first ? within % width : 0);
     tile.row = row_tile * Config::kRows;
+    return number * section + (plan_.heavy_first ? within % width : 0);
   }
 
-  ONEPASS_DEVICE void set_bounds(Tile& tile, const DeviceSequence& s) const {
+  ONEPASS_DEVICE void finish(std::uint32_t address, Tile& tile, const DeviceSequence& s) const {
+    if (first_lane()) store_place(address, tile);
     tile.query_start = static_cast<int>(s.query_start);
     tile.key_start = static_cast<int>(s.key_start);
     tile.seqlen_q = s.seqlen_q;
@@ -135,20 +193,23 @@ class TileStream {
     tile.diagonal = s.diagonal;
     tile.mode = problem_.ragged() || problem_.key_begin != nullptr || problem_.key_end != nullptr ? kScrub : 0;
     const int last_row = min(tile.row + Config::kRows, s.seqlen_q) - 1;
-    const Range keys = tile_keys(problem_, s, tile.row, last_row).any;
-    int first = keys.begin / Config::kKeys;
-    int end = keys.begin < keys.end ? (keys.end + Config::kKeys - 1) / Config::kKeys : first;
-    const int share = (end - first + plan_.splits - 1) / plan_.splits;
-    first = min(first + tile.split * share, end);
-    end = min(first + share, end);
+    const int begin = visible_begin(window_of(problem_), tile, tile.row),
+              end_key = visible_end(window_of(problem_), tile, last_row);
+    int first = begin / Config::kKeys;
+    int end = begin < end_key ? (end_key + Config::kKeys - 1) / Config::kKeys : first;
+    if (plan_.splits > 1) {
+      const int share = (end - first + plan_.splits - 1) / plan_.splits;
+      first = min(first + tile.split * share, end);
+      end = min(first + share, end);
+    }
     tile.first_block = first;
     tile.blocks = end - first;
+    if (first_lane()) store_bounds(address, tile);
   }
 
   const Problem& problem_;
   const Plan& plan_;
-  int drawn_;                      // the next tile's number beyond the CTAs' first ones, in lane 0
-  int index_ = 0;                  // of the tile in hand
+  int index_ = -1;                 // of the tile in hand
   int sequence_ = 0, before_ = 0;  // ragged: the cursor's sequence and the tiles before it
 };
 

@@ -17,6 +17,10 @@ inline constexpr float kLowestScore = kTerms ? -std::numeric_limits<float>::max(
 
 // Two sums of a lane's weights of a block stay below it together: float16 holds each weight.
 inline constexpr float kSumLimit = 16384.0f;
+// Sums that can be settled: 2^−log2(sum) is a normal number.
+inline constexpr float kSettleLimit = 0x1p100f;
+// A lane's sum of a block's weights that all are float16 numbers.
+inline constexpr float kHalfLimit = 65504.0f;
 // A row's sum stays below it unless weights beside an old maximum have grown too large. The sum of 2^30 products with V
 // still fits a float for |V| up to 2^97.
 inline constexpr float kTotalLimit = 1073741824.0f;
@@ -83,14 +87,19 @@ ONEPASS_DEVICE void subtract(float (&s)[R], const float (&off)[2]) {
   for (int i = 0; i < kKeys / 2; ++i) s[i] -= off[i % 4 / 2];
 }
 
-// Brings the finite weights of a row that have grown beyond kSumLimit, because `max` is an old one, down to 1 and
-// below. alpha is the factor of each row, which O and the sums of earlier blocks still need; 1 for other rows.
+// Brings the weights of a row that have grown beyond kSumLimit, because `max` is an old one, down to 1 and below, or
+// makes their sum infinite where that is too late. alpha is the factor of each row, which O and the sums of earlier
+// blocks still need; 1 for other rows.
 template <int kKeys, int R>
 ONEPASS_DEVICE void settle(float (&s)[R], RowState& state, float (&sum)[2], float (&alpha)[2], float unit) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float top = quad_max(sum[r]);
     if (!(top >= kSumLimit)) continue;
+    if (!(top < kSettleLimit)) {
+      sum[r] = kInfinity;
+      continue;
+    }
     const float excess = log2_approx(top), factor = exp2_approx(-excess);
     state.max[r] += __fdividef(excess, unit);
     alpha[r] *= factor;

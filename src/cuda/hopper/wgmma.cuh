@@ -42,12 +42,14 @@ struct Wgmma;
 #define OP_D8(b) OP_D4(b), OP_D4(b + 4)
 #define OP_D16(b) OP_D8(b), OP_D8(b + 8)
 #define OP_D32(b) OP_D16(b), OP_D16(b + 16)
+#define OP_TEXT_16 OP_TEXT_10() ", %10, %11, %12, %13, %14, %15"
 #define OP_TEXT_20 OP_TEXT_10() ", " OP_TEXT_10(1)
 #define OP_TEXT_24 OP_TEXT_20 ", %20, %21, %22, %23"
 #define OP_TEXT_30 OP_TEXT_20 ", " OP_TEXT_10(2)
 #define OP_TEXT_32 OP_TEXT_30 ", %30, %31"
 #define OP_TEXT_40 OP_TEXT_30 ", " OP_TEXT_10(3)
 #define OP_TEXT_48 OP_TEXT_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define OP_TEXT_56 OP_TEXT_40 ", " OP_TEXT_10(4) ", %50, %51, %52, %53, %54, %55"
 #define OP_TEXT_60 OP_TEXT_40 ", " OP_TEXT_10(4) ", " OP_TEXT_10(5)
 #define OP_TEXT_64 OP_TEXT_60 ", %60, %61, %62, %63"
 #define OP_TEXT_88 OP_TEXT_60 ", " OP_TEXT_10(6) ", " OP_TEXT_10(7) ", %80, %81, %82, %83, %84, %85, %86, %87"
@@ -56,11 +58,13 @@ struct Wgmma;
 #define OP_TEXT_128 \
   OP_TEXT_90 ", " OP_TEXT_10(9) ", " OP_TEXT_10(10) ", " OP_TEXT_10(11) ", %120, %121, %122, %123, %124, %125, " \
              "%126, %127"
+#define OP_OPERANDS_16 OP_D16(0)
 #define OP_OPERANDS_20 OP_D16(0), OP_D4(16)
 #define OP_OPERANDS_24 OP_D16(0), OP_D8(16)
 #define OP_OPERANDS_32 OP_D32(0)
 #define OP_OPERANDS_40 OP_D32(0), OP_D8(32)
 #define OP_OPERANDS_48 OP_D32(0), OP_D16(32)
+#define OP_OPERANDS_56 OP_D32(0), OP_D16(32), OP_D8(48)
 #define OP_OPERANDS_64 OP_D32(0), OP_D32(32)
 #define OP_OPERANDS_88 OP_D32(0), OP_D32(32), OP_D16(64), OP_D8(80)
 #define OP_OPERANDS_96 OP_D32(0), OP_D32(32), OP_D32(64)
@@ -93,11 +97,13 @@ struct Wgmma;
   OP_WGMMA(__nv_bfloat16, "bf16", N, R, __VA_ARGS__) \
   OP_WGMMA(__half, "f16", N, R, __VA_ARGS__)
 
+OP_WGMMA_BOTH(32, 16, 16, 17, 18, 19, 20, 21)
 OP_WGMMA_BOTH(40, 20, 20, 21, 22, 23, 24, 25)
 OP_WGMMA_BOTH(48, 24, 24, 25, 26, 27, 28, 29)
 OP_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
 OP_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44, 45)
 OP_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52, 53)
+OP_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60, 61)
 OP_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
 OP_WGMMA_BOTH(176, 88, 88, 89, 90, 91, 92, 93)
 OP_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101)
