@@ -2,6 +2,7 @@
 #include "core/backend.h"
 #include "cuda/device.h"
 #include "cuda/hopper/forward.h"
+#include "cuda/hopper/total_attention.h"
 
 namespace onepass {
 
@@ -12,6 +13,8 @@ const Backend kHopperBackend{
     .describe = cuda::describe_devices,
     .supports_forward = cuda::hopper::supports_forward,
     .forward = cuda::hopper::forward,
+    .supports_total_attention = cuda::hopper::supports_total_attention,
+    .total_attention = cuda::hopper::total_attention,
 };
 
 }  // namespace onepass

@@ -9,10 +9,9 @@
 #include "cuda/device.h"
 #include "cuda/hopper/kernels.h"
 #include "cuda/hopper/tensor_map.h"
+#include "cuda/hopper/total_attention.h"
 #include "cuda/portable/head_dims.h"
-#include "cuda/portable/operations.h"
 #include "cuda/portable/ragged.h"
-#include "cuda/portable/total_attention.h"
 
 namespace onepass::cuda::hopper {
 namespace {
@@ -138,8 +137,8 @@ Unsupported supports_forward(const Problem& p) {
   if (p.total_q == 0 || p.total_k == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "an empty dimension";
   if (std::max({p.seqlen_q, p.seqlen_k, p.total_q / 4, p.total_k / 4}) > kMaxTokens) return "more than 2^28 tokens";
   if (p.window_left > kMaxTokens || p.window_right > kMaxTokens) return "a window beyond 2^28";
-  if (p.total_attention) {  // the portable kernels' part
-    if (auto reason = cuda::supports_forward(p)) return reason;
+  if (p.total_attention) {
+    if (auto reason = supports_total_attention(p)) return reason;
   }
   if (auto reason = tma_rejects("q", p.q, query_shape(p, p.head_dim))) return reason;
   if (auto reason = tma_rejects("k", p.k, key_shape(p, p.head_dim))) return reason;
@@ -155,9 +154,11 @@ void forward(const Problem& problem, const ExecutionContext& context) {
   const DeviceGuard guard(problem.device.index);
   const WithLse with_lse(problem, context);
   const Problem& attended = with_lse.problem();
+  std::optional<ColumnSums> sums;
+  if (problem.total_attention) sums.emplace(attended, context);
   attend(attended, context);
   if (problem.ragged()) clear_unowned_queries(attended, problem.out, problem.head_dim_v, attended.lse, context);
-  if (problem.total_attention) sum_columns(attended, context);
+  if (sums) sums->run();
 }
 
 }  // namespace onepass::cuda::hopper

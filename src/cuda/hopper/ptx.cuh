@@ -70,6 +70,14 @@ ONEPASS_DEVICE void store_matrices(std::uint32_t address, std::uint32_t a, std::
                "r"(c), "r"(d)
                : "memory");
 }
+ONEPASS_DEVICE int4 load_matrices(std::uint32_t address) {
+  int4 m;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
+               : "r"(address)
+               : "memory");
+  return m;
+}
 ONEPASS_DEVICE void store_shared(std::uint32_t address, int4 value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
@@ -84,6 +92,11 @@ ONEPASS_DEVICE void store_shared(std::uint32_t address, uint2 value) {
 ONEPASS_DEVICE uint2 load_shared_8(std::uint32_t address) {
   uint2 value;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+ONEPASS_DEVICE int load_shared_word(std::uint32_t address) {
+  int value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
 }
 ONEPASS_DEVICE void min_shared(std::uint32_t address, int value) {
@@ -105,6 +118,13 @@ ONEPASS_DEVICE void give_registers() {
 template <int kRegisters>
 ONEPASS_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// The larger one, NaN where either is.
+ONEPASS_DEVICE float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
 }
 
 ONEPASS_DEVICE float log2_approx(float x) {

@@ -1,0 +1,269 @@
+// cuda/hopper/total_attention.cuh: total[key] = Σ_query 2^(logit − lse), keys stationary. A consumer warpgroup keeps 64
+// keys in registers as the A operand of Sᵀ = K·Qᵀ and its lanes the sums of their two keys; queries stream past. Two
+// sets of accumulators: the product of one block runs while the other one's exponentials are summed.
+#pragma once
+
+#include "cuda/common/score.cuh"
+#include "cuda/hopper/exp2_polynomial.cuh"
+#include "cuda/hopper/softmax.cuh"
+#include "cuda/hopper/tile.cuh"
+#include "cuda/hopper/total_attention_producer.cuh"
+
+namespace onepass::cuda::hopper {
+
+template <class Config>
+class KeySums {
+ public:
+  using Element = typename Config::Element;
+  static constexpr int kQueries = Config::kQueries;
+  using Scores = float[kQueries / 2];
+
+  ONEPASS_DEVICE KeySums(const Problem& problem, const TotalAttentionPlan& plan,
+                         const TotalAttentionLayout<Config>& shared, int warpgroup)
+      : problem_(problem), plan_(plan), shared_(shared), warpgroup_(warpgroup) {}
+
+  ONEPASS_DEVICE void run() {
+    for (;;) {
+      const int slot = take();
+      tile_ = load_key_tile(shared_.notes(slot));
+      if (!tile_.valid()) return;
+      load_keys(slot);
+      sum_[0] = sum_[1] = 0.0f;
+      sum_queries();
+      store_sums();
+    }
+  }
+
+ private:
+  // ---- slots --------------------------------------------------------------------------------------------------------
+  ONEPASS_DEVICE static int warp() { return threadIdx.x % 128 / 32; }
+  ONEPASS_DEVICE static int lane() { return threadIdx.x % 32; }
+
+  // Waits for the ring's next slot.
+  ONEPASS_DEVICE int take() {
+    const int slot = ring_.slot;
+    barrier_wait(shared_.full(slot), ring_.phase);
+    ring_.advance();
+    return slot;
+  }
+  ONEPASS_DEVICE void release(int slot) const {
+    __syncwarp();
+    if (lane() == 0) barrier_arrive(shared_.empty(slot));
+  }
+  ONEPASS_DEVICE void skip(int blocks) {
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) release(take());
+  }
+
+  // ---- keys ---------------------------------------------------------------------------------------------------------
+  ONEPASS_DEVICE int first_key() const { return tile_.key + 64 * warpgroup_; }
+  ONEPASS_DEVICE int lane_key() const { return first_key() + 16 * warp() + lane() / 4; }  // and 8 further
+
+  // The warpgroup's 64 keys, all in one of the tile's slots, of which `slot` is the first.
+  ONEPASS_DEVICE void load_keys(int slot) {
+    const int row = 64 * warpgroup_ + 16 * warp() + lane() % 16;
+#pragma unroll 1
+    for (int i = 0; i < Config::kKeySlots; ++i) {
+      if (i > 0) slot = take();
+      if (row / kQueries == i) load_keys(shared_.slot(slot), row % kQueries);
+      release(slot);
+    }
+  }
+
+  // A operands for each step of the product: 16×16 matrices in the layout of ldmatrix.
+  ONEPASS_DEVICE void load_keys(std::uint32_t tile, int row) {
+#pragma unroll
+    for (int i = 0; i < Config::kHeadDim / 16; ++i) {
+      const int chunk = (i % 4 * 2 + lane() / 16) ^ row % 8;  // of 16 bytes, swizzled
+      const int4 m = load_matrices(tile + i / 4 * Config::kSlabBytes + row * 128 + 16 * chunk);
+      keys_[4 * i] = m.x;
+      keys_[4 * i + 1] = m.y;
+      keys_[4 * i + 2] = m.z;
+      keys_[4 * i + 3] = m.w;
+    }
+  }
+
+  // ---- the loop over blocks of queries ------------------------------------------------------------------------------
+  ONEPASS_DEVICE void sum_queries() {
+    const TileQueries queries = tile_queries(problem_, tile_.sequence(), first_key(), first_key() + 64);
+    clean_ = queries.all;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int key = lane_key() + 8 * r;
+      const bool live = key >= tile_.key_begin && key < tile_.key_end;
+      seeing_[r] = live ? seeing_queries(problem_, tile_.sequence(), key) : Range{0, 0};
+    }
+    const int end = tile_.first_block + tile_.blocks;
+    const bool any = queries.any.begin < queries.any.end;
+    block_ = any ? queries.any.begin / kQueries : end;
+    const int own_end = any ? (queries.any.end + kQueries - 1) / kQueries : end;
+    left_ = own_end - block_;
+    skip(block_ - tile_.first_block);
+    if (left_ > 0) {
+      Scores a, b;
+      slot_ = take();
+      issue(a, slot_);
+      wgmma_wait<0>(a);
+      do {
+        step(a, b);
+        step(b, a);
+      } while (left_ > 0);
+      release(slot_);
+    }
+    skip(end - own_end);
+  }
+
+  // Sums a block while the next one's scores are multiplied. After the last block that is the last one's again, for
+  // nothing: under a condition the products would be serialized (C7514), and so they would if one were in flight at the
+  // loop's end.
+  ONEPASS_DEVICE void step(Scores& scores, Scores& next) {
+    const int slot = slot_;
+    if (left_ > 1) slot_ = take();
+    issue(next, slot_);
+    if (left_ > 0) add_weights(scores, slot, block_ * kQueries);
+    wgmma_wait<0>(next);
+    ++block_;
+    if (left_ > 1) release(slot);
+    --left_;
+  }
+
+  ONEPASS_DEVICE void issue(Scores& s, int slot) {
+    const std::uint64_t queries = matrix_descriptor(shared_.slot(slot), 0);
+    pin(s);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < Config::kHeadDim / 16; ++i) {
+      Wgmma<Element, kQueries>::rs_rows(s, keys_ + 4 * i, queries + i / 4 * (Config::kSlabBytes / 16) + i % 4 * 2,
+                                        i != 0);
+    }
+    wgmma_commit();
+  }
+
+  // ---- weights ------------------------------------------------------------------------------------------------------
+  ONEPASS_DEVICE void add_weights(Scores& s, int slot, int start) {
+    if constexpr (Config::kTerms) add_terms(s, start);
+    if (start < clean_.begin || start + kQueries > clean_.end) mask(s, start);
+    const std::uint32_t notes = shared_.notes(slot);
+    if (Config::kTerms || load_shared_word(notes + 4 * kQueries) != 0) {
+      sum_weights<true>(s, notes);
+    } else {
+      sum_weights<false>(s, notes);
+    }
+  }
+
+  template <bool kNatural>
+  ONEPASS_DEVICE void sum_weights(const Scores& s, std::uint32_t notes) {
+    const float unit = Config::kTerms ? 1.0f : kNatural ? problem_.softmax_scale : problem_.softmax_scale * kLog2e;
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kQueries / 16; ++i) {
+      const int4 words = load_shared(notes + 64 * i + lane() % 4 * 16);
+      const float lse[4] = {__int_as_float(words.x), __int_as_float(words.y), __int_as_float(words.z),
+                            __int_as_float(words.w)};  // negated
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const float score = s[8 * i + e], negated = lse[e / 4 * 2 + e % 2];
+        float& to = sum[e / 2 % 2];
+        if constexpr (kNatural) {  // not by one FMA: the LSE of a row with one key is its rounded logit
+          to += exp2_approx((__fmul_rn(score, unit) + negated) * kLog2e);
+        } else if ((e * Config::kPolynomials + Config::kPolynomials) / 8 != e * Config::kPolynomials / 8) {
+          to = add_exp2(fmaf(score, unit, negated), to);
+        } else {
+          to += exp2_approx(fmaf(score, unit, negated));
+        }
+      }
+    }
+    // Never fires, but it makes the exponentials precede the wait; otherwise ptxas hoists the wait above them.
+    if (sum[0] + sum[1] < 0.0f) barrier_arrive(shared_.empty(0));
+    sum_[0] += sum[0];
+    sum_[1] += sum[1];
+  }
+
+  // Products become logits.
+  ONEPASS_DEVICE void add_terms(Scores& s, int start) const {
+    using Fragment = float[1][kQueries / 8][4];
+    DeviceSequence sequence = tile_.sequence();
+    sequence.seqlen_k = tile_.key_end;  // no bias is read beyond
+    apply_terms<false>(reinterpret_cast<Fragment&>(s), score_terms(problem_, tile_.batch, tile_.head),
+                       KeyRows{start + lane() % 4 * 2, lane_key()}, sequence);
+  }
+
+  // Hides the queries that do not see the lane's keys; what lies beyond the sequence may hold anything.
+  ONEPASS_DEVICE void mask(Scores& s, int start) const {
+    const int lane_start = start + lane() % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int begin = seeing_[r].begin - lane_start, end = seeing_[r].end - lane_start;
+#pragma unroll
+      for (int j = 0; j < kQueries / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = 8 * j + e;
+          if (column < begin || column >= end) s[4 * j + 2 * r + e] = -kInfinity;
+        }
+      }
+    }
+  }
+
+  ONEPASS_DEVICE void store_sums() const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = quad_sum(sum_[r]);
+      const int key = lane_key() + 8 * r;
+      if (lane() % 4 != 0 || key >= tile_.seqlen_k) continue;
+      float& total = problem_.total_attention.at<float>(tile_.batch, tile_.head, tile_.key_start + key);
+      total = plan_.add ? total + sum : sum;
+    }
+  }
+
+  const Problem& problem_;
+  const TotalAttentionPlan& plan_;
+  const TotalAttentionLayout<Config> shared_;
+  const int warpgroup_;
+  Ring<Config::kSlots> ring_;
+  KeyTile tile_;
+  std::uint32_t keys_[Config::kHeadDim / 4];
+  float sum_[2];
+  Range clean_;       // queries that see all of the warpgroup's keys
+  Range seeing_[2];   // queries that see the lane's keys
+  int block_, left_;  // the block being summed, how many are left with it
+  int slot_;          // of the block whose product was issued last
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    total_attention_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                           const __grid_constant__ Problem problem, const __grid_constant__ TotalAttentionPlan plan) {
+  extern __shared__ std::uint8_t shared_memory[];
+  const TotalAttentionLayout<Config> shared(shared_address(shared_memory));
+  if (threadIdx.x == 0) {
+    shared.init_barriers();
+    tma_prefetch(&q_map);
+    tma_prefetch(&k_map);
+  }
+  __syncthreads();
+
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  if (warpgroup == 0) {
+    give_registers<Config::kProducerRegisters>();
+    if (threadIdx.x < 32) TotalAttentionProducer<Config>(problem, plan, &q_map, &k_map, shared).run();
+  } else {
+    take_registers<Config::kConsumerRegisters>();
+    KeySums<Config>(problem, plan, shared, warpgroup - 1).run();
+  }
+}
+
+template <class Config>
+TotalAttentionKernel describe_total_attention() {
+  return {total_attention_kernel<Config>, Config::kKeys, Config::kQueries, Config::kThreads, Config::kSharedMemory};
+}
+
+template <int kHeadDim, int kConsumers, int kQueries, int kPolynomials, bool kTerms>
+TotalAttentionPair describe_total_attention_pair() {
+  return {
+      describe_total_attention<TotalAttentionConfig<__half, kHeadDim, kConsumers, kQueries, kPolynomials, kTerms>>(),
+      describe_total_attention<
+          TotalAttentionConfig<__nv_bfloat16, kHeadDim, kConsumers, kQueries, kPolynomials, kTerms>>()};
+}
+
+}  // namespace onepass::cuda::hopper
