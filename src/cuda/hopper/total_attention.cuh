@@ -142,41 +142,57 @@ class KeySums {
   // ---- weights ------------------------------------------------------------------------------------------------------
   ONEPASS_DEVICE void add_weights(Scores& s, int slot, int start) {
     if constexpr (Config::kTerms) add_terms(s, start);
-    if (start < clean_.begin || start + kQueries > clean_.end) mask(s, start);
     const std::uint32_t notes = shared_.notes(slot);
-    if (Config::kTerms || load_shared_word(notes + 4 * kQueries) != 0) {
-      sum_weights<true>(s, notes);
-    } else {
-      sum_weights<false>(s, notes);
-    }
-  }
-
-  template <bool kNatural>
-  ONEPASS_DEVICE void sum_weights(const Scores& s, std::uint32_t notes) {
-    const float unit = Config::kTerms ? 1.0f : kNatural ? problem_.softmax_scale : problem_.softmax_scale * kLog2e;
+    const bool natural = Config::kTerms || load_shared_word(notes + 4 * kQueries) != 0;
     float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < kQueries / 16; ++i) {
-      const int4 words = load_shared(notes + 64 * i + lane() % 4 * 16);
-      const float lse[4] = {__int_as_float(words.x), __int_as_float(words.y), __int_as_float(words.z),
-                            __int_as_float(words.w)};  // negated
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const float score = s[8 * i + e], negated = lse[e / 4 * 2 + e % 2];
-        float& to = sum[e / 2 % 2];
-        if constexpr (kNatural) {  // not by one FMA: the LSE of a row with one key is its rounded logit
-          to += exp2_approx((__fmul_rn(score, unit) + negated) * kLog2e);
-        } else if ((e * Config::kPolynomials + Config::kPolynomials) / 8 != e * Config::kPolynomials / 8) {
+    if (natural || start < clean_.begin || start + kQueries > clean_.end) {
+      sum_carefully(s, notes, start, natural, sum);
+    } else {
+      const float unit = problem_.softmax_scale * kLog2e;
+      for_each_score(s, notes, [&](int i, float score, float negated) {
+        float& to = sum[i / 2 % 2];
+        if (polynomial(i % 8)) {
           to = add_exp2(fmaf(score, unit, negated), to);
         } else {
           to += exp2_approx(fmaf(score, unit, negated));
         }
-      }
+      });
     }
     // Never fires, but it makes the exponentials precede the wait; otherwise ptxas hoists the wait above them.
     if (sum[0] + sum[1] < 0.0f) barrier_arrive(shared_.empty(0));
     sum_[0] += sum[0];
     sum_[1] += sum[1];
+  }
+
+  // Spreads Config::kPolynomials of 8 evenly.
+  static constexpr bool polynomial(int i) { return (i + 1) * Config::kPolynomials / 8 != i * Config::kPolynomials / 8; }
+
+  // Leaves out the pairs that the mask hides, whatever their scores and LSEs are. Product and difference are not one
+  // FMA: the LSE of a row with one key is its rounded logit.
+  ONEPASS_DEVICE void sum_carefully(Scores& s, std::uint32_t notes, int start, bool natural, float (&sum)[2]) const {
+    const float scale = Config::kTerms ? 1.0f : problem_.softmax_scale;
+    const float unit = natural ? scale : scale * kLog2e, to_binary = natural ? kLog2e : 1.0f;
+    const int lane_start = start + lane() % 4 * 2;
+    const int begin[2] = {seeing_[0].begin - lane_start, seeing_[1].begin - lane_start};
+    const int end[2] = {seeing_[0].end - lane_start, seeing_[1].end - lane_start};
+    for_each_score(s, notes, [&](int i, float score, float negated) {
+      const int r = i / 2 % 2, column = i / 4 * 8 + i % 2;
+      const float weight = exp2_approx((__fmul_rn(score, unit) + negated) * to_binary);
+      sum[r] += column >= begin[r] && column < end[r] ? weight : 0.0f;
+    });
+  }
+
+  // Calls use(i, s[i], the query's negated LSE); i is a constant after unrolling.
+  template <class Use>
+  ONEPASS_DEVICE void for_each_score(const Scores& s, std::uint32_t notes, const Use& use) const {
+#pragma unroll
+    for (int i = 0; i < kQueries / 16; ++i) {
+      const int4 words = load_shared(notes + 64 * i + lane() % 4 * 16);
+      const float lse[4] = {__int_as_float(words.x), __int_as_float(words.y), __int_as_float(words.z),
+                            __int_as_float(words.w)};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) use(8 * i + e, s[8 * i + e], lse[e / 4 * 2 + e % 2]);
+    }
   }
 
   // Products become logits.
@@ -186,23 +202,6 @@ class KeySums {
     sequence.seqlen_k = tile_.key_end;  // no bias is read beyond
     apply_terms<false>(reinterpret_cast<Fragment&>(s), score_terms(problem_, tile_.batch, tile_.head),
                        KeyRows{start + lane() % 4 * 2, lane_key()}, sequence);
-  }
-
-  // Hides the queries that do not see the lane's keys; what lies beyond the sequence may hold anything.
-  ONEPASS_DEVICE void mask(Scores& s, int start) const {
-    const int lane_start = start + lane() % 4 * 2;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int begin = seeing_[r].begin - lane_start, end = seeing_[r].end - lane_start;
-#pragma unroll
-      for (int j = 0; j < kQueries / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = 8 * j + e;
-          if (column < begin || column >= end) s[4 * j + 2 * r + e] = -kInfinity;
-        }
-      }
-    }
   }
 
   ONEPASS_DEVICE void store_sums() const {
