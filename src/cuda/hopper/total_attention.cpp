@@ -76,7 +76,7 @@ void ColumnSums::run(bool add) const {
   launch(problem_.operation, kernel_.function,
          {.blocks = blocks_, .threads = kernel_.threads, .shared_memory = kernel_.shared_memory}, problem_.device.index,
          context_.stream, tensor_map(problem_, problem_.q, shape_of_q(problem_), kernel_.queries),
-         tensor_map(problem_, problem_.k, shape_of_k(problem_), kernel_.queries), problem_, plan);
+         tensor_map(problem_, problem_.k, shape_of_k(problem_), kernel_.keys), problem_, plan);
 }
 
 Unsupported supports_total_attention(const Problem& p) {

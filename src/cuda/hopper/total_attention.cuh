@@ -1,6 +1,5 @@
-// cuda/hopper/total_attention.cuh: total[key] = Σ_query 2^(logit − lse), keys stationary. A consumer warpgroup keeps 64
-// keys in registers as the A operand of Sᵀ = K·Qᵀ and its lanes the sums of their two keys; queries stream past. Two
-// sets of accumulators: the product of one block runs while the other one's exponentials are summed.
+// cuda/hopper/total_attention.cuh: total[key] = Σ_query 2^(logit − lse), keys stationary: a consumer warpgroup keeps 64
+// keys as the A operand of Sᵀ = K·Qᵀ, its lanes the sums of their two keys; queries stream past.
 #pragma once
 
 #include "cuda/common/score.cuh"
@@ -24,12 +23,17 @@ class KeySums {
 
   ONEPASS_DEVICE void run() {
     for (;;) {
-      const int slot = take();
-      tile_ = load_key_tile(shared_.notes(slot));
+      barrier_wait(shared_.keys_full(tiles_.slot), tiles_.phase);
+      tile_ = load_key_tile(shared_.tile(tiles_.slot));
       if (!tile_.valid()) return;
-      load_keys(slot);
+      if constexpr (Config::kKeysInRegisters) {
+        load_keys();
+        release(shared_.keys_empty(tiles_.slot));
+      }
       sum_[0] = sum_[1] = 0.0f;
       sum_queries();
+      if constexpr (!Config::kKeysInRegisters) release(shared_.keys_empty(tiles_.slot));
+      tiles_.advance();
       store_sums();
     }
   }
@@ -39,43 +43,35 @@ class KeySums {
   ONEPASS_DEVICE static int warp() { return threadIdx.x % 128 / 32; }
   ONEPASS_DEVICE static int lane() { return threadIdx.x % 32; }
 
-  // Waits for the ring's next slot.
+  // Waits for the next block of queries and returns its slot.
   ONEPASS_DEVICE int take() {
-    const int slot = ring_.slot;
-    barrier_wait(shared_.full(slot), ring_.phase);
-    ring_.advance();
+    const int slot = queries_.slot;
+    barrier_wait(shared_.queries_full(slot), queries_.phase);
+    queries_.advance();
     return slot;
   }
-  ONEPASS_DEVICE void release(int slot) const {
+  ONEPASS_DEVICE void release(std::uint32_t empty) const {
     __syncwarp();
-    if (lane() == 0) barrier_arrive(shared_.empty(slot));
+    if (lane() == 0) barrier_arrive(empty);
   }
+  ONEPASS_DEVICE void release_queries(int slot) const { release(shared_.queries_empty(slot)); }
   ONEPASS_DEVICE void skip(int blocks) {
 #pragma unroll 1
-    for (int i = 0; i < blocks; ++i) release(take());
+    for (int i = 0; i < blocks; ++i) release_queries(take());
   }
 
   // ---- keys ---------------------------------------------------------------------------------------------------------
   ONEPASS_DEVICE int first_key() const { return tile_.key + 64 * warpgroup_; }
   ONEPASS_DEVICE int lane_key() const { return first_key() + 16 * warp() + lane() / 4; }  // and 8 further
 
-  // The warpgroup's 64 keys, all in one of the tile's slots, of which `slot` is the first.
-  ONEPASS_DEVICE void load_keys(int slot) {
+  // The warpgroup's 64 keys as A operands: for each step of the product a 16×16 matrix in the layout of ldmatrix.
+  ONEPASS_DEVICE void load_keys() {
     const int row = 64 * warpgroup_ + 16 * warp() + lane() % 16;
-#pragma unroll 1
-    for (int i = 0; i < Config::kKeySlots; ++i) {
-      if (i > 0) slot = take();
-      if (row / kQueries == i) load_keys(shared_.slot(slot), row % kQueries);
-      release(slot);
-    }
-  }
-
-  // A operands for each step of the product: 16×16 matrices in the layout of ldmatrix.
-  ONEPASS_DEVICE void load_keys(std::uint32_t tile, int row) {
+    const std::uint32_t address = shared_.keys(tiles_.slot) + row * 128;
 #pragma unroll
     for (int i = 0; i < Config::kHeadDim / 16; ++i) {
       const int chunk = (i % 4 * 2 + lane() / 16) ^ row % 8;  // of 16 bytes, swizzled
-      const int4 m = load_matrices(tile + i / 4 * Config::kSlabBytes + row * 128 + 16 * chunk);
+      const int4 m = load_matrices(address + i / 4 * Config::kKeySlabBytes + 16 * chunk);
       keys_[4 * i] = m.x;
       keys_[4 * i + 1] = m.y;
       keys_[4 * i + 2] = m.z;
@@ -95,54 +91,41 @@ class KeySums {
     }
     const int end = tile_.first_block + tile_.blocks;
     const bool any = queries.any.begin < queries.any.end;
-    block_ = any ? queries.any.begin / kQueries : end;
+    const int own_begin = any ? queries.any.begin / kQueries : end;
     const int own_end = any ? (queries.any.end + kQueries - 1) / kQueries : end;
-    left_ = own_end - block_;
-    skip(block_ - tile_.first_block);
-    if (left_ > 0) {
-      Scores a, b;
-      slot_ = take();
-      issue(a, slot_);
-      wgmma_wait<0>(a);
-      do {
-        step(a, b);
-        step(b, a);
-      } while (left_ > 0);
-      release(slot_);
+    skip(own_begin - tile_.first_block);
+    for (int block = own_begin; block < own_end; ++block) {
+      const int slot = take();
+      Scores s;
+      multiply(s, slot);
+      add_weights(s, shared_.notes(slot), block * kQueries);
+      release_queries(slot);
     }
     skip(end - own_end);
   }
 
-  // Sums a block while the next one's scores are multiplied. After the last block that is the last one's again, for
-  // nothing: under a condition the products would be serialized (C7514), and so they would if one were in flight at the
-  // loop's end.
-  ONEPASS_DEVICE void step(Scores& scores, Scores& next) {
-    const int slot = slot_;
-    if (left_ > 1) slot_ = take();
-    issue(next, slot_);
-    if (left_ > 0) add_weights(scores, slot, block_ * kQueries);
-    wgmma_wait<0>(next);
-    ++block_;
-    if (left_ > 1) release(slot);
-    --left_;
-  }
-
-  ONEPASS_DEVICE void issue(Scores& s, int slot) {
-    const std::uint64_t queries = matrix_descriptor(shared_.slot(slot), 0);
-    pin(s);
+  // Sᵀ = K·Qᵀ. The other warpgroups' exponentials hide it.
+  ONEPASS_DEVICE void multiply(Scores& s, int slot) const {
+    const std::uint64_t queries = matrix_descriptor(first_lane(shared_.queries(slot)), 0);
+    const std::uint64_t keys = matrix_descriptor(first_lane(shared_.keys(tiles_.slot) + warpgroup_ * (64 * 128)), 0);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < Config::kHeadDim / 16; ++i) {
-      Wgmma<Element, kQueries>::rs_rows(s, keys_ + 4 * i, queries + i / 4 * (Config::kSlabBytes / 16) + i % 4 * 2,
-                                        i != 0);
+      const int slab = i / 4, step = i % 4 * 2;  // in units of 16 bytes
+      const std::uint64_t b = queries + slab * (Config::kQuerySlabBytes / 16) + step;
+      if constexpr (Config::kKeysInRegisters) {
+        Wgmma<Element, kQueries>::rs_rows(s, keys_ + 4 * i, b, i != 0);
+      } else {
+        Wgmma<Element, kQueries>::ss(s, keys + slab * (Config::kKeySlabBytes / 16) + step, b, i != 0);
+      }
     }
     wgmma_commit();
+    wgmma_wait<0>(s);
   }
 
   // ---- weights ------------------------------------------------------------------------------------------------------
-  ONEPASS_DEVICE void add_weights(Scores& s, int slot, int start) {
+  ONEPASS_DEVICE void add_weights(Scores& s, std::uint32_t notes, int start) {
     if constexpr (Config::kTerms) add_terms(s, start);
-    const std::uint32_t notes = shared_.notes(slot);
     const bool natural = Config::kTerms || load_shared_word(notes + 4 * kQueries) != 0;
     float sum[2] = {0.0f, 0.0f};
     if (natural || start < clean_.begin || start + kQueries > clean_.end) {
@@ -158,8 +141,6 @@ class KeySums {
         }
       });
     }
-    // Never fires, but it makes the exponentials precede the wait; otherwise ptxas hoists the wait above them.
-    if (sum[0] + sum[1] < 0.0f) barrier_arrive(shared_.empty(0));
     sum_[0] += sum[0];
     sum_[1] += sum[1];
   }
@@ -219,14 +200,13 @@ class KeySums {
   const TotalAttentionPlan& plan_;
   const TotalAttentionLayout<Config> shared_;
   const int warpgroup_;
-  Ring<Config::kSlots> ring_;
+  Ring<Config::kKeySlots> tiles_;
+  Ring<Config::kQuerySlots> queries_;
   KeyTile tile_;
   std::uint32_t keys_[Config::kHeadDim / 4];
   float sum_[2];
-  Range clean_;       // queries that see all of the warpgroup's keys
-  Range seeing_[2];   // queries that see the lane's keys
-  int block_, left_;  // the block being summed, how many are left with it
-  int slot_;          // of the block whose product was issued last
+  Range clean_;      // queries that see all of the warpgroup's keys
+  Range seeing_[2];  // queries that see the lane's keys
 };
 
 template <class Config>
@@ -257,12 +237,12 @@ TotalAttentionKernel describe_total_attention() {
   return {total_attention_kernel<Config>, Config::kKeys, Config::kQueries, Config::kThreads, Config::kSharedMemory};
 }
 
-template <int kHeadDim, int kConsumers, int kQueries, int kPolynomials, bool kTerms>
+template <int kHeadDim, int kConsumers, int kQueries, bool kKeysInRegisters, int kPolynomials, bool kTerms>
 TotalAttentionPair describe_total_attention_pair() {
-  return {
-      describe_total_attention<TotalAttentionConfig<__half, kHeadDim, kConsumers, kQueries, kPolynomials, kTerms>>(),
-      describe_total_attention<
-          TotalAttentionConfig<__nv_bfloat16, kHeadDim, kConsumers, kQueries, kPolynomials, kTerms>>()};
+  return {describe_total_attention<
+              TotalAttentionConfig<__half, kHeadDim, kConsumers, kQueries, kKeysInRegisters, kPolynomials, kTerms>>(),
+          describe_total_attention<TotalAttentionConfig<__nv_bfloat16, kHeadDim, kConsumers, kQueries, kKeysInRegisters,
+                                                        kPolynomials, kTerms>>()};
 }
 
 }  // namespace onepass::cuda::hopper

@@ -1,7 +1,7 @@
 // cuda/hopper/total_attention_config.cuh: tile sizes of the total attention kernels and their shared memory.
 //
-// One CTA an SM: kConsumers consumer warpgroups of 64 keys each and a producer. One ring of slots of kQueries rows:
-// a tile's keys (64·kConsumers rows in one slot or more), then its blocks of queries.
+// One CTA an SM: kConsumers consumer warpgroups of 64 keys each and a producer, which fills a slot with a tile's keys
+// and a ring of slots with blocks of kQueries queries.
 #pragma once
 
 #include "cuda/hopper/config.cuh"
@@ -9,36 +9,44 @@
 
 namespace onepass::cuda::hopper {
 
-template <class T, int kHeadDim_, int kConsumers_, int kQueries_, int kPolynomials_, bool kTerms_>
+template <class T, int kHeadDim_, int kConsumers_, int kQueries_, bool kKeysInRegisters_, int kPolynomials_,
+          bool kTerms_>
 struct TotalAttentionConfig {
   using Element = T;
-  static constexpr int kHeadDim = kHeadDim_;          // zero-filled up to it
-  static constexpr int kConsumers = kConsumers_;      // consumer warpgroups
-  static constexpr int kQueries = kQueries_;          // of a block
-  static constexpr int kPolynomials = kPolynomials_;  // of 8 exponentials, how many the FMA units evaluate
-  static constexpr bool kTerms = kTerms_;             // softcap, ALiBi, bias
+  static constexpr int kHeadDim = kHeadDim_;                   // zero-filled up to it
+  static constexpr int kConsumers = kConsumers_;               // consumer warpgroups
+  static constexpr int kQueries = kQueries_;                   // of a block
+  static constexpr bool kKeysInRegisters = kKeysInRegisters_;  // for the products; or else in shared memory
+  static constexpr int kPolynomials = kPolynomials_;           // of 8 exponentials, how many the FMA units evaluate
+  static constexpr bool kTerms = kTerms_;                      // softcap, ALiBi, bias
 
   static constexpr int kKeys = 64 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 216 : 152;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 72 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 216 : kConsumers == 3 ? 152 : 112;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 72 : kConsumers == 3 ? 56 : 64;
+
   static constexpr int kSlabs = (kHeadDim + kSlabColumns - 1) / kSlabColumns;
-  static constexpr int kSlabBytes = kQueries * 128;
-  static constexpr int kSlotBytes = kSlabs * kSlabBytes;
-  static constexpr int kKeySlots = (kKeys + kQueries - 1) / kQueries;
-  // Beside a slot: a float for each query and a word for all; or the tile.
-  static constexpr int kNoteBytes = 4 * kQueries + 16;
-  static constexpr int kFittingSlots = (kSharedMemoryLimit - 1024) / (kSlotBytes + kNoteBytes + 16);
-  static constexpr int kSlots = kFittingSlots < 8 ? kFittingSlots : 8;
+  static constexpr int kKeySlabBytes = kKeys * 128;
+  static constexpr int kKeyBytes = kSlabs * kKeySlabBytes;
+  static constexpr int kQuerySlabBytes = kQueries * 128;
+  static constexpr int kQueryBytes = kSlabs * kQuerySlabBytes;
+  static constexpr int kTileBytes = 64;
+  static constexpr int kNoteBytes = 4 * kQueries + 16;  // beside a slot: a float for each query and a word for all
+  static constexpr int kKeySlots = kKeysInRegisters || 2 * kKeyBytes > kSharedMemoryLimit / 3 * 2 ? 1 : 2;
+  static constexpr int kFittingSlots =
+      (kSharedMemoryLimit - 1024 - kKeySlots * (kKeyBytes + kTileBytes + 16)) / (kQueryBytes + kNoteBytes + 16);
+  static constexpr int kQuerySlots = kFittingSlots < 8 ? kFittingSlots : 8;
 
-  static constexpr int kNotesAt = kSlots * kSlotBytes;
-  static constexpr int kBarriersAt = kNotesAt + kSlots * kNoteBytes;
-  static constexpr int kSharedMemory = 1024 + kBarriersAt + 16 * kSlots;  // 1024: alignment
+  // Layout: keys, queries, tiles, notes, barriers.
+  static constexpr int kQueriesAt = kKeySlots * kKeyBytes;
+  static constexpr int kTilesAt = kQueriesAt + kQuerySlots * kQueryBytes;
+  static constexpr int kNotesAt = kTilesAt + kKeySlots * kTileBytes;
+  static constexpr int kBarriersAt = kNotesAt + kQuerySlots * kNoteBytes;
+  static constexpr int kSharedMemory = 1024 + kBarriersAt + 16 * (kKeySlots + kQuerySlots);  // 1024: alignment
 
-  static_assert(kSlots >= kKeySlots + 2, "two blocks are in use at a time");
+  static_assert(kQuerySlots >= 2, "a block is copied while another is in use");
   static_assert(kSharedMemory <= kSharedMemoryLimit, "shared memory");
-  static_assert(kQueries % 64 == 0, "a warpgroup's keys lie in one slot");
-  static_assert(kConsumers == 2 || kConsumers == 3, "registers");
+  static_assert(kConsumers >= 2 && kConsumers <= 4, "registers");
 };
 
 template <class Config>
@@ -46,16 +54,26 @@ struct TotalAttentionLayout {
   std::uint32_t base;  // 1024-byte aligned, as the 128-byte swizzle asks
 
   ONEPASS_DEVICE explicit TotalAttentionLayout(std::uint32_t start) : base((start + 1023u) & ~1023u) {}
-  ONEPASS_DEVICE std::uint32_t slot(int i) const { return base + i * Config::kSlotBytes; }
-  ONEPASS_DEVICE std::uint32_t notes(int i) const { return base + Config::kNotesAt + i * Config::kNoteBytes; }
-  ONEPASS_DEVICE std::uint32_t full(int i) const { return base + Config::kBarriersAt + 8 * i; }
-  ONEPASS_DEVICE std::uint32_t empty(int i) const { return full(Config::kSlots + i); }
+  ONEPASS_DEVICE std::uint32_t keys(int slot) const { return base + slot * Config::kKeyBytes; }
+  ONEPASS_DEVICE std::uint32_t queries(int slot) const {
+    return base + Config::kQueriesAt + slot * Config::kQueryBytes;
+  }
+  ONEPASS_DEVICE std::uint32_t tile(int slot) const { return base + Config::kTilesAt + slot * Config::kTileBytes; }
+  ONEPASS_DEVICE std::uint32_t notes(int slot) const { return base + Config::kNotesAt + slot * Config::kNoteBytes; }
+  ONEPASS_DEVICE std::uint32_t keys_full(int slot) const { return base + Config::kBarriersAt + 8 * slot; }
+  ONEPASS_DEVICE std::uint32_t keys_empty(int slot) const { return keys_full(Config::kKeySlots + slot); }
+  ONEPASS_DEVICE std::uint32_t queries_full(int slot) const { return keys_full(2 * Config::kKeySlots + slot); }
+  ONEPASS_DEVICE std::uint32_t queries_empty(int slot) const { return queries_full(Config::kQuerySlots + slot); }
 
   // One thread, before the block's first __syncthreads.
   ONEPASS_DEVICE void init_barriers() const {
-    for (int i = 0; i < Config::kSlots; ++i) {
-      barrier_init(full(i), 1);
-      barrier_init(empty(i), 4 * Config::kConsumers);  // every consumer warp
+    for (int i = 0; i < Config::kKeySlots; ++i) {
+      barrier_init(keys_full(i), 1);
+      barrier_init(keys_empty(i), 4 * Config::kConsumers);  // every consumer warp
+    }
+    for (int i = 0; i < Config::kQuerySlots; ++i) {
+      barrier_init(queries_full(i), 1);
+      barrier_init(queries_empty(i), 4 * Config::kConsumers);
     }
     barrier_init_fence();
   }

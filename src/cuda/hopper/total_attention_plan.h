@@ -19,7 +19,7 @@ struct TotalAttentionPlan {
 struct TotalAttentionKernel {
   void (*function)(CUtensorMap q, CUtensorMap k, Problem, TotalAttentionPlan);
   int keys;     // of a tile
-  int queries;  // of a block: tokens of a box of either map
+  int queries;  // of a block
   int threads;
   int shared_memory;  // bytes
 };

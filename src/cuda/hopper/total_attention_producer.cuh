@@ -36,10 +36,7 @@ class TotalAttentionProducer {
       float lse[kLses];
       load_lse(tile, tile.first_block, lse);
       for (int block = tile.first_block; block < tile.first_block + tile.blocks; ++block) {
-        const int slot = claim();
-        if (lane() == 0) load_rows(slot, q_map_, tile.query_start + block * Config::kQueries, tile.head, tile.batch);
-        store_lse(slot, lse);
-        publish(slot);
+        load_queries(tile, block, lse);
         load_lse(tile, block + 1, lse);  // on its way while the next slot is waited for
       }
     }
@@ -50,42 +47,39 @@ class TotalAttentionProducer {
 
   ONEPASS_DEVICE static int lane() { return threadIdx.x % 32; }
 
-  ONEPASS_DEVICE int claim() {
-    const int slot = ring_.slot;
-    barrier_wait(shared_.empty(slot), ring_.phase ^ 1);
-    ring_.advance();
-    return slot;
-  }
-
-  // Once the whole warp has written its notes.
-  ONEPASS_DEVICE void publish(int slot) const {
-    __syncwarp();
-    if (lane() == 0) barrier_expect(shared_.full(slot), Config::kSlotBytes);
-  }
-
-  ONEPASS_DEVICE void load_rows(int slot, const CUtensorMap* map, int token, int head, int batch) const {
-    for (int slab = 0; slab < Config::kSlabs; ++slab) {
-      tma_load(shared_.slot(slot) + slab * Config::kSlabBytes, map, shared_.full(slot), slab * kSlabColumns, token,
-               head, problem_.ragged() ? 0 : batch);
-    }
-  }
-
   ONEPASS_DEVICE void hand_over(const KeyTile& tile) {
-    for (int i = 0; i < Config::kKeySlots; ++i) {
-      const int slot = claim();
-      if (lane() == 0) {
-        if (i == 0) store_key_tile(shared_.notes(slot), tile);
-        if (!tile.valid()) {
-          barrier_arrive(shared_.full(slot));
-        } else {
-          load_rows(slot, k_map_, tile.key_start + tile.key + i * Config::kQueries, tile.head / group_size_,
-                    tile.batch);
-        }
-      }
-      if (!tile.valid()) return;
-      publish(slot);
+    const int slot = keys_.slot;
+    barrier_wait(shared_.keys_empty(slot), keys_.phase ^ 1);
+    keys_.advance();
+    if (lane() != 0) return;
+    store_key_tile(shared_.tile(slot), tile);
+    if (!tile.valid()) {
+      barrier_arrive(shared_.keys_full(slot));
+      return;
+    }
+    barrier_expect(shared_.keys_full(slot), Config::kKeyBytes);
+    for (int slab = 0; slab < Config::kSlabs; ++slab) {
+      tma_load(shared_.keys(slot) + slab * Config::kKeySlabBytes, k_map_, shared_.keys_full(slot), slab * kSlabColumns,
+               tile.key_start + tile.key, tile.head / group_size_, batch_index(tile));
     }
   }
+
+  ONEPASS_DEVICE void load_queries(const KeyTile& tile, int block, const float (&lse)[kLses]) {
+    const int slot = queries_.slot;
+    barrier_wait(shared_.queries_empty(slot), queries_.phase ^ 1);
+    queries_.advance();
+    if (lane() == 0) {
+      for (int slab = 0; slab < Config::kSlabs; ++slab) {
+        tma_load(shared_.queries(slot) + slab * Config::kQuerySlabBytes, q_map_, shared_.queries_full(slot),
+                 slab * kSlabColumns, tile.query_start + block * Config::kQueries, tile.head, batch_index(tile));
+      }
+    }
+    store_lse(slot, lse);
+    __syncwarp();  // only then is the slot complete
+    if (lane() == 0) barrier_expect(shared_.queries_full(slot), Config::kQueryBytes);
+  }
+
+  ONEPASS_DEVICE int batch_index(const KeyTile& tile) const { return problem_.ragged() ? 0 : tile.batch; }
 
   ONEPASS_DEVICE void load_lse(const KeyTile& tile, int block, float (&lse)[kLses]) const {
     const float* const rows = &problem_.lse.at<float>(tile.batch, tile.head, tile.query_start);
@@ -118,7 +112,8 @@ class TotalAttentionProducer {
   const CUtensorMap* const k_map_;
   const TotalAttentionLayout<Config> shared_;
   KeyTileStream<Config> tiles_;
-  Ring<Config::kSlots> ring_;
+  Ring<Config::kKeySlots> keys_;
+  Ring<Config::kQuerySlots> queries_;
 };
 
 }  // namespace onepass::cuda::hopper
