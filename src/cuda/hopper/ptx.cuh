@@ -111,8 +111,9 @@ ONEPASS_DEVICE int4 load_shared(std::uint32_t address) {
   return value;
 }
 
-// The first lane's value, which the compiler then knows to be the whole warp's: what follows from it, matrix descriptors
-// above all, it keeps in uniform registers. __shfl_sync of a value that it takes for uniform anyway is folded away.
+// The first lane's value, which the compiler then knows to be the whole warp's: what follows from it, matrix
+// descriptors above all, it keeps in uniform registers. __shfl_sync of a value that it takes for uniform anyway is
+// folded away.
 ONEPASS_DEVICE std::uint32_t first_lane(std::uint32_t x) {
   asm volatile("shfl.sync.idx.b32 %0, %0, 0, 31, -1;" : "+r"(x));
   return x;
@@ -125,13 +126,6 @@ ONEPASS_DEVICE void give_registers() {
 template <int kRegisters>
 ONEPASS_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-// The larger one, NaN where either is.
-ONEPASS_DEVICE float max_nan(float a, float b) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
 }
 
 ONEPASS_DEVICE float log2_approx(float x) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cuda/common/score.cuh"
-#include "cuda/hopper/exp2_polynomial.cuh"
 #include "cuda/hopper/softmax.cuh"
 #include "cuda/hopper/tile.cuh"
 #include "cuda/hopper/total_attention_producer.cuh"
@@ -95,28 +94,38 @@ class KeySums {
     const int own_end = any ? (queries.any.end + kQueries - 1) / kQueries : end;
     skip(own_begin - tile_.first_block);
     for (int block = own_begin; block < own_end; ++block) {
+      const std::uint32_t notes = shared_.notes(queries_.slot);
+      const Operands operands = this->operands(queries_.slot);
       const int slot = take();
+      const bool natural = load_shared_word(notes + 4 * kQueries) != 0;
       Scores s;
-      multiply(s, slot);
-      add_weights(s, shared_.notes(slot), block * kQueries);
+      multiply(s, operands);
+      add_weights(s, notes, block * kQueries, natural);
       release_queries(slot);
     }
     skip(end - own_end);
   }
 
+  // Matrix descriptors of a slot's queries and of the keys.
+  struct Operands {
+    std::uint64_t queries, keys;
+  };
+  ONEPASS_DEVICE Operands operands(int slot) const {
+    return {matrix_descriptor(first_lane(shared_.queries(slot)), 0),
+            matrix_descriptor(first_lane(shared_.keys(tiles_.slot) + warpgroup_ * (64 * 128)), 0)};
+  }
+
   // Sᵀ = K·Qᵀ. The other warpgroups' exponentials hide it.
-  ONEPASS_DEVICE void multiply(Scores& s, int slot) const {
-    const std::uint64_t queries = matrix_descriptor(first_lane(shared_.queries(slot)), 0);
-    const std::uint64_t keys = matrix_descriptor(first_lane(shared_.keys(tiles_.slot) + warpgroup_ * (64 * 128)), 0);
+  ONEPASS_DEVICE void multiply(Scores& s, const Operands& operands) const {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < Config::kHeadDim / 16; ++i) {
       const int slab = i / 4, step = i % 4 * 2;  // in units of 16 bytes
-      const std::uint64_t b = queries + slab * (Config::kQuerySlabBytes / 16) + step;
+      const std::uint64_t b = operands.queries + slab * (Config::kQuerySlabBytes / 16) + step;
       if constexpr (Config::kKeysInRegisters) {
         Wgmma<Element, kQueries>::rs_rows(s, keys_ + 4 * i, b, i != 0);
       } else {
-        Wgmma<Element, kQueries>::ss(s, keys + slab * (Config::kKeySlabBytes / 16) + step, b, i != 0);
+        Wgmma<Element, kQueries>::ss(s, operands.keys + slab * (Config::kKeySlabBytes / 16) + step, b, i != 0);
       }
     }
     wgmma_commit();
@@ -124,29 +133,20 @@ class KeySums {
   }
 
   // ---- weights ------------------------------------------------------------------------------------------------------
-  ONEPASS_DEVICE void add_weights(Scores& s, std::uint32_t notes, int start) {
+  ONEPASS_DEVICE void add_weights(Scores& s, std::uint32_t notes, int start, bool natural) {
     if constexpr (Config::kTerms) add_terms(s, start);
-    const bool natural = Config::kTerms || load_shared_word(notes + 4 * kQueries) != 0;
     float sum[2] = {0.0f, 0.0f};
-    if (natural || start < clean_.begin || start + kQueries > clean_.end) {
+    if (Config::kTerms || natural || start < clean_.begin || start + kQueries > clean_.end) {
       sum_carefully(s, notes, start, natural, sum);
     } else {
       const float unit = problem_.softmax_scale * kLog2e;
       for_each_score(s, notes, [&](int i, float score, float negated) {
-        float& to = sum[i / 2 % 2];
-        if (polynomial(i % 8)) {
-          to = add_exp2(fmaf(score, unit, negated), to);
-        } else {
-          to += exp2_approx(fmaf(score, unit, negated));
-        }
+        sum[i / 2 % 2] += exp2_approx(fmaf(score, unit, negated));
       });
     }
     sum_[0] += sum[0];
     sum_[1] += sum[1];
   }
-
-  // Spreads Config::kPolynomials of 8 evenly.
-  static constexpr bool polynomial(int i) { return (i + 1) * Config::kPolynomials / 8 != i * Config::kPolynomials / 8; }
 
   // Leaves out the pairs that the mask hides, whatever their scores and LSEs are. Product and difference are not one
   // FMA: the LSE of a row with one key is its rounded logit.
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     total_attention_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                            const __grid_constant__ Problem problem, const __grid_constant__ TotalAttentionPlan plan) {
   extern __shared__ std::uint8_t shared_memory[];
-  const TotalAttentionLayout<Config> shared(shared_address(shared_memory));
+  const TotalAttentionLayout<Config> shared(opaque(static_cast<int>(shared_address(shared_memory))));
   if (threadIdx.x == 0) {
     shared.init_barriers();
     tma_prefetch(&q_map);
@@ -237,12 +237,12 @@ TotalAttentionKernel describe_total_attention() {
   return {total_attention_kernel<Config>, Config::kKeys, Config::kQueries, Config::kThreads, Config::kSharedMemory};
 }
 
-template <int kHeadDim, int kConsumers, int kQueries, bool kKeysInRegisters, int kPolynomials, bool kTerms>
+template <int kHeadDim, int kConsumers, int kQueries, bool kKeysInRegisters, bool kTerms>
 TotalAttentionPair describe_total_attention_pair() {
   return {describe_total_attention<
-              TotalAttentionConfig<__half, kHeadDim, kConsumers, kQueries, kKeysInRegisters, kPolynomials, kTerms>>(),
-          describe_total_attention<TotalAttentionConfig<__nv_bfloat16, kHeadDim, kConsumers, kQueries, kKeysInRegisters,
-                                                        kPolynomials, kTerms>>()};
+              TotalAttentionConfig<__half, kHeadDim, kConsumers, kQueries, kKeysInRegisters, kTerms>>(),
+          describe_total_attention<
+              TotalAttentionConfig<__nv_bfloat16, kHeadDim, kConsumers, kQueries, kKeysInRegisters, kTerms>>()};
 }
 
 }  // namespace onepass::cuda::hopper

@@ -3,7 +3,7 @@
 
 namespace onepass::cuda::hopper {
 
-const TotalAttentionPair kTotalAttention256 = describe_total_attention_pair<256, 3, 64, true, 0, false>();
-const TotalAttentionPair kTotalAttention256Terms = describe_total_attention_pair<256, 2, 64, true, 0, true>();
+const TotalAttentionPair kTotalAttention256 = describe_total_attention_pair<256, 3, 96, true, false>();
+const TotalAttentionPair kTotalAttention256Terms = describe_total_attention_pair<256, 2, 64, true, true>();
 
 }  // namespace onepass::cuda::hopper

@@ -9,20 +9,18 @@
 
 namespace onepass::cuda::hopper {
 
-template <class T, int kHeadDim_, int kConsumers_, int kQueries_, bool kKeysInRegisters_, int kPolynomials_,
-          bool kTerms_>
+template <class T, int kHeadDim_, int kConsumers_, int kQueries_, bool kKeysInRegisters_, bool kTerms_>
 struct TotalAttentionConfig {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;                   // zero-filled up to it
   static constexpr int kConsumers = kConsumers_;               // consumer warpgroups
   static constexpr int kQueries = kQueries_;                   // of a block
   static constexpr bool kKeysInRegisters = kKeysInRegisters_;  // for the products; or else in shared memory
-  static constexpr int kPolynomials = kPolynomials_;           // of 8 exponentials, how many the FMA units evaluate
   static constexpr bool kTerms = kTerms_;                      // softcap, ALiBi, bias
 
   static constexpr int kKeys = 64 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 216 : kConsumers == 3 ? 152 : 112;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 216 : kConsumers == 3 ? 152 : 104;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 72 : kConsumers == 3 ? 56 : 64;
 
   static constexpr int kSlabs = (kHeadDim + kSlabColumns - 1) / kSlabColumns;
@@ -47,6 +45,9 @@ struct TotalAttentionConfig {
   static_assert(kQuerySlots >= 2, "a block is copied while another is in use");
   static_assert(kSharedMemory <= kSharedMemoryLimit, "shared memory");
   static_assert(kConsumers >= 2 && kConsumers <= 4, "registers");
+  // What a launch has: 65536 registers divided by the threads, in steps of 8 a thread. More would be waited for
+  // forever.
+  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 65536 / kThreads / 8 * 8 * (kConsumers + 1));
 };
 
 template <class Config>
