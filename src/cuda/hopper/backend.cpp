@@ -2,6 +2,7 @@
 #include "core/backend.h"
 #include "cuda/device.h"
 #include "cuda/hopper/forward.h"
+#include "cuda/hopper/total_attention.h"
 
 namespace onepass {
 
@@ -14,6 +15,8 @@ const Backend kHopperBackend{
     .forward = cuda::hopper::forward,
     .supports_piecewise = cuda::hopper::supports_piecewise,
     .piecewise = cuda::hopper::piecewise,
+    .supports_total_attention = cuda::hopper::supports_total_attention,
+    .total_attention = cuda::hopper::total_attention,
 };
 
 }  // namespace onepass

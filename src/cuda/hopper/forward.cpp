@@ -10,10 +10,9 @@
 #include "cuda/device.h"
 #include "cuda/hopper/kernels.h"
 #include "cuda/hopper/tensor_map.h"
+#include "cuda/hopper/total_attention.h"
 #include "cuda/portable/head_dims.h"
-#include "cuda/portable/operations.h"
 #include "cuda/portable/ragged.h"
-#include "cuda/portable/total_attention.h"
 
 namespace onepass::cuda::hopper {
 namespace {
@@ -163,8 +162,8 @@ Unsupported supports_forward(const Problem& p) {
   if (p.total_q == 0 || p.total_k == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "an empty dimension";
   if (std::max({p.seqlen_q, p.seqlen_k, p.total_q / 4, p.total_k / 4}) > kMaxTokens) return "more than 2^28 tokens";
   if (p.window_left > kMaxTokens || p.window_right > kMaxTokens) return "a window beyond 2^28";
-  if (p.total_attention) {  // the portable kernels' part
-    if (auto reason = cuda::supports_forward(p)) return reason;
+  if (p.total_attention) {
+    if (auto reason = supports_total_attention(p)) return reason;
   }
   if (auto reason = tma_rejects("q", p.q, query_shape(p, p.head_dim))) return reason;
   if (auto reason = tma_rejects("k", p.k, key_shape(p, p.head_dim))) return reason;
@@ -191,9 +190,11 @@ void forward(const Problem& problem, const ExecutionContext& context) {
   const DeviceGuard guard(problem.device.index);
   const WithLse with_lse(problem, context);
   const Problem& attended = with_lse.problem();
+  std::optional<ColumnSums> sums;
+  if (problem.total_attention) sums.emplace(attended, context);
   attend(attended, nullptr, context);
   if (problem.ragged()) clear_unowned_queries(attended, problem.out, problem.head_dim_v, attended.lse, context);
-  if (problem.total_attention) sum_columns(attended, context);
+  if (sums) sums->run();
 }
 
 void piecewise(const PiecewiseProblem& problem, const ExecutionContext& context) {
@@ -201,12 +202,18 @@ void piecewise(const PiecewiseProblem& problem, const ExecutionContext& context)
   const WithLse with_lse(problem.near, context);
   PiecewiseProblem attended = problem;
   attended.near = with_lse.problem();
-  const Problem& near = attended.near;
-  attend(near, &attended, context);
-  if (near.ragged()) clear_unowned_queries(near, near.out, near.head_dim_v, near.lse, context);
-  if (!near.total_attention) return;
-  sum_columns(near_part(attended), context);
-  sum_columns(far_part(attended), context, true);
+  const Problem& whole = attended.near;
+  const Problem near = near_part(attended), far = far_part(attended);
+  std::optional<ColumnSums> near_sums, far_sums;
+  if (whole.total_attention) {
+    near_sums.emplace(near, context);
+    far_sums.emplace(far, context);
+  }
+  attend(whole, &attended, context);
+  if (whole.ragged()) clear_unowned_queries(whole, whole.out, whole.head_dim_v, whole.lse, context);
+  if (!whole.total_attention) return;
+  near_sums->run();
+  far_sums->run(true);
 }
 
 }  // namespace onepass::cuda::hopper

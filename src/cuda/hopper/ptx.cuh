@@ -70,6 +70,14 @@ ONEPASS_DEVICE void store_matrices(std::uint32_t address, std::uint32_t a, std::
                "r"(c), "r"(d)
                : "memory");
 }
+ONEPASS_DEVICE int4 load_matrices(std::uint32_t address) {
+  int4 m;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
+               : "r"(address)
+               : "memory");
+  return m;
+}
 ONEPASS_DEVICE void store_shared(std::uint32_t address, int4 value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
@@ -86,6 +94,11 @@ ONEPASS_DEVICE uint2 load_shared_8(std::uint32_t address) {
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
   return value;
 }
+ONEPASS_DEVICE int load_shared_word(std::uint32_t address) {
+  int value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
 ONEPASS_DEVICE void min_shared(std::uint32_t address, int value) {
   asm volatile("red.shared.min.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -96,6 +109,14 @@ ONEPASS_DEVICE int4 load_shared(std::uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
+}
+
+// The first lane's value, which the compiler then knows to be the whole warp's: what follows from it, matrix
+// descriptors above all, it keeps in uniform registers. __shfl_sync of a value that it takes for uniform anyway is
+// folded away.
+ONEPASS_DEVICE std::uint32_t first_lane(std::uint32_t x) {
+  asm volatile("shfl.sync.idx.b32 %0, %0, 0, 31, -1;" : "+r"(x));
+  return x;
 }
 
 template <int kRegisters>

@@ -1,8 +1,8 @@
 // cuda/hopper/wgmma.cuh: D[64][N] (+)= A[64][16]·B[16][N] by one warpgroup, float32 accumulators.
 //
 // Wgmma<T, N>::ss takes A from shared memory (K-major) and B K-major: Q·Kᵀ. Wgmma<T, N>::rs takes A from registers and
-// B MN-major: P·V. accumulate = 0 overwrites D. Accumulator element 4j + e of a lane lies in row
-// 16·warp + lane/4 + 8·(e/2) and column 8j + 2·(lane%4) + e%2.
+// B MN-major: P·V; rs_rows the same with B K-major: K·Qᵀ. accumulate = 0 overwrites D. Accumulator element 4j + e of a
+// lane lies in row 16·warp + lane/4 + 8·(e/2) and column 8j + 2·(lane%4) + e%2.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -71,26 +71,35 @@ struct Wgmma;
 #define OP_OPERANDS_128 OP_D32(0), OP_D32(32), OP_D32(64), OP_D32(96)
 
 // R: registers of D = N/2; the numbers after it are the operands' positions behind D.
-#define OP_WGMMA(TYPE, PTX, N, R, I0, I1, I2, I3, I4, I5)                                                       \
-  template <>                                                                                                   \
-  struct Wgmma<TYPE, N> {                                                                                       \
-    template <int M>                                                                                            \
-    static ONEPASS_DEVICE void ss(float (&d)[M], std::uint64_t a, std::uint64_t b, int accumulate) {            \
-      static_assert(M >= R);                                                                                    \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N        \
-                   "k16.f32." PTX "." PTX " {" OP_TEXT_##R "}, %" #I0 ", %" #I1 ", p, 1, 1, 0, 0;\n}\n"         \
-                   : OP_OPERANDS_##R                                                                            \
-                   : "l"(a), "l"(b), "r"(accumulate));                                                          \
-    }                                                                                                           \
-    template <int M>                                                                                            \
-    static ONEPASS_DEVICE void rs(float (&d)[M], const std::uint32_t* a, std::uint64_t b, int accumulate) {     \
-      static_assert(M >= R);                                                                                    \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N        \
-                   "k16.f32." PTX "." PTX " {" OP_TEXT_##R "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 \
-                                                           ", p, 1, 1, 1;\n}\n"                                 \
-                   : OP_OPERANDS_##R                                                                            \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                      \
-    }                                                                                                           \
+#define OP_WGMMA(TYPE, PTX, N, R, I0, I1, I2, I3, I4, I5)                                                        \
+  template <>                                                                                                    \
+  struct Wgmma<TYPE, N> {                                                                                        \
+    template <int M>                                                                                             \
+    static ONEPASS_DEVICE void ss(float (&d)[M], std::uint64_t a, std::uint64_t b, int accumulate) {             \
+      static_assert(M >= R);                                                                                     \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N         \
+                   "k16.f32." PTX "." PTX " {" OP_TEXT_##R "}, %" #I0 ", %" #I1 ", p, 1, 1, 0, 0;\n}\n"          \
+                   : OP_OPERANDS_##R                                                                             \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                           \
+    }                                                                                                            \
+    template <int M>                                                                                             \
+    static ONEPASS_DEVICE void rs(float (&d)[M], const std::uint32_t* a, std::uint64_t b, int accumulate) {      \
+      static_assert(M >= R);                                                                                     \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N         \
+                   "k16.f32." PTX "." PTX " {" OP_TEXT_##R "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4  \
+                                                           ", p, 1, 1, 1;\n}\n"                                  \
+                   : OP_OPERANDS_##R                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                       \
+    }                                                                                                            \
+    template <int M>                                                                                             \
+    static ONEPASS_DEVICE void rs_rows(float (&d)[M], const std::uint32_t* a, std::uint64_t b, int accumulate) { \
+      static_assert(M >= R);                                                                                     \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N         \
+                   "k16.f32." PTX "." PTX " {" OP_TEXT_##R "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4  \
+                                                           ", p, 1, 1, 0;\n}\n"                                  \
+                   : OP_OPERANDS_##R                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                       \
+    }                                                                                                            \
   };
 
 #define OP_WGMMA_BOTH(N, R, ...)                     \

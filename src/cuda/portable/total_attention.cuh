@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(32 * TotalAttentionTile<std::is_same_v<T, floa
     apply_terms<kFloat>(s, terms, at, sequence);
     mask_scores(s, ranges, at.query0);
     for_each_element(s, [&](float& x, int, int c, int e) {
-      sums[e / 2] += exp2_approx((x - lse_tile[8 * c + 2 * t + e % 2]) * kLog2e);
+      const float weight = exp2_approx((x - lse_tile[8 * c + 2 * t + e % 2]) * kLog2e);
+      sums[e / 2] += x == -kInfinity ? 0.0f : weight;  // hidden: also where the LSE is NaN
     });
   }
 #pragma unroll

@@ -1,0 +1,140 @@
+// cuda/hopper/key_tiles.cuh: which tile of keys a CTA of the total attention kernel works on next. Tiles are drawn from
+// a counter; under a causal mask low keys, which most queries see, first within a section of heads whose queries share
+// the L2.
+#pragma once
+
+#include "core/problem.h"
+#include "cuda/common/sequence.cuh"
+#include "cuda/hopper/ptx.cuh"
+#include "cuda/hopper/total_attention_plan.h"
+
+namespace onepass::cuda::hopper {
+
+// Keys of one head from `key` on, against the blocks [first_block, first_block + blocks) of queries.
+struct KeyTile {
+  int batch, head, key, blocks;  // blocks −1: no tile is left
+  int first_block, query_start, seqlen_q, seqlen_k;
+  int key_start, key_begin, key_end, diagonal;
+
+  ONEPASS_DEVICE bool valid() const { return blocks >= 0; }
+  ONEPASS_DEVICE DeviceSequence sequence() const {
+    return {query_start, key_start, seqlen_q, seqlen_k, key_begin, key_end, diagonal};
+  }
+};
+
+ONEPASS_DEVICE void store_key_tile(std::uint32_t address, const KeyTile& t) {
+  store_shared(address, int4{t.batch, t.head, t.key, t.blocks});
+  store_shared(address + 16, int4{t.first_block, t.query_start, t.seqlen_q, t.seqlen_k});
+  store_shared(address + 32, int4{t.key_start, t.key_begin, t.key_end, t.diagonal});
+}
+
+ONEPASS_DEVICE KeyTile load_key_tile(std::uint32_t address) {
+  const int4 a = load_shared(address), b = load_shared(address + 16), c = load_shared(address + 32);
+  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w};
+}
+
+// Run by a whole warp; every lane gets the same tile.
+template <class Config>
+class KeyTileStream {
+ public:
+  ONEPASS_DEVICE KeyTileStream(const Problem& problem, const TotalAttentionPlan& plan)
+      : problem_(problem), plan_(plan), drawn_(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {}
+
+  ONEPASS_DEVICE KeyTile next() {
+    index_ = static_cast<int>(gridDim.x) + __shfl_sync(~0u, drawn_, 0);
+    KeyTile tile{};
+    tile.blocks = -1;
+    if (index_ < plan_.tiles) problem_.ragged() ? decode_ragged(tile) : decode_dense(tile);
+    draw();
+    return tile;
+  }
+
+ private:
+  // Nobody waits for the number here: it is on its way while the tile's blocks are loaded.
+  ONEPASS_DEVICE void draw() {
+    if (plan_.counter == nullptr) {  // every CTA has had its only one
+      drawn_ = plan_.tiles;
+    } else if (threadIdx.x % 32 == 0) {
+      drawn_ = atomicAdd(plan_.counter, 1);
+    }
+  }
+
+  ONEPASS_DEVICE static int tiles_of(int seqlen_k) { return (seqlen_k + Config::kKeys - 1) / Config::kKeys; }
+
+  ONEPASS_DEVICE void decode_dense(KeyTile& tile) const {
+    const int heads = static_cast<int>(problem_.num_heads);
+    const int plane = place(tile, index_, static_cast<int>(problem_.batch) * heads, static_cast<int>(problem_.seqlen_q),
+                            static_cast<int>(problem_.seqlen_k));
+    tile.batch = plane / heads;
+    tile.head = plane - tile.batch * heads;
+    set_bounds(tile, device_sequence(problem_, tile.batch));
+  }
+
+  // Sequences in the order given; the cursor only moves forward because a CTA draws rising indices.
+  ONEPASS_DEVICE void decode_ragged(KeyTile& tile) {
+    const int lane = threadIdx.x % 32, batch = static_cast<int>(problem_.batch);
+    const int heads = static_cast<int>(problem_.num_heads);
+    while (sequence_ < batch) {
+      int tiles = 0;
+      if (sequence_ + lane < batch) {
+        const Span keys = ragged_span(problem_.cu_seqlens_k, sequence_ + lane, problem_.seqlen_k, problem_.total_k);
+        tiles = tiles_of(keys.size) * heads;
+      }
+      int through = tiles;  // inclusive prefix sum
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(~0u, through, step);
+        if (lane >= step) through += other;
+      }
+      const unsigned beyond = __ballot_sync(~0u, before_ + through > index_);
+      if (beyond == 0) {
+        before_ += __shfl_sync(~0u, through, 31);
+        sequence_ += 32;
+        continue;
+      }
+      const int found = __ffs(static_cast<int>(beyond)) - 1;
+      const int start = before_ + __shfl_sync(~0u, through - tiles, found);
+      tile.batch = sequence_ + found;
+      const DeviceSequence s = device_sequence(problem_, tile.batch);
+      tile.head = place(tile, index_ - start, heads, s.seqlen_q, s.seqlen_k);
+      set_bounds(tile, s);
+      return;
+    }
+  }
+
+  // Tile number `index` of `planes` heads; returns the head.
+  ONEPASS_DEVICE int place(KeyTile& tile, int index, int planes, int seqlen_q, int seqlen_k) const {
+    const int key_tiles = tiles_of(seqlen_k);
+    const int section = plan_.heavy_first ? clamp_to(plan_.section_queries / max(seqlen_q, 1), 1, planes) : 1;
+    const int number = index / (section * key_tiles);
+    const int within = index - number * section * key_tiles;
+    const int width = min(section, planes - number * section);
+    const int key_tile = within / width;
+    tile.key = key_tile * Config::kKeys;
+    return number * section + within - key_tile * width;
+  }
+
+  ONEPASS_DEVICE void set_bounds(KeyTile& tile, const DeviceSequence& s) const {
+    tile.query_start = static_cast<int>(s.query_start);
+    tile.key_start = static_cast<int>(s.key_start);
+    tile.seqlen_q = s.seqlen_q;
+    tile.seqlen_k = s.seqlen_k;
+    tile.key_begin = s.key_begin;
+    tile.key_end = s.key_end;
+    tile.diagonal = s.diagonal;
+    const Range queries = tile_queries(problem_, s, tile.key, tile.key + Config::kKeys).any;
+    tile.first_block = queries.begin / Config::kQueries;
+    tile.blocks = 0;
+    if (queries.begin < queries.end) {
+      tile.blocks = (queries.end + Config::kQueries - 1) / Config::kQueries - tile.first_block;
+    }
+  }
+
+  const Problem& problem_;
+  const TotalAttentionPlan& plan_;
+  int drawn_;                      // the next tile's number beyond the CTAs' first ones, in lane 0
+  int index_ = 0;                  // of the tile in hand
+  int sequence_ = 0, before_ = 0;  // ragged: the cursor's sequence and the tiles before it
+};
+
+}  // namespace onepass::cuda::hopper
