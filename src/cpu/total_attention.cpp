@@ -48,17 +48,18 @@ struct ColumnScratch {
   }
 };
 
-// columns[key][·] += e^(unit·score − lse) of every vector of lanes; lanes past the panel's rows have lse +inf.
+// columns[key][·] += e^(unit·score − lse) of every vector of lanes; lanes past the panel's rows have lse +inf. A hidden
+// score (−inf) weighs nothing also in a row whose lse is NaN.
 void add_columns(const ScoreTile& tile, float unit, const float* lse, float* columns) {
   const FloatTag f;
   const std::int64_t lanes = lane_count();
-  const Floats scale = hn::Set(f, unit), log2e = hn::Set(f, kLog2E);
+  const Floats scale = hn::Set(f, unit), log2e = hn::Set(f, kLog2E), hidden = hn::Set(f, -kInfinity);
   for (std::int64_t k = 0; k < tile.keys; ++k) {
     Floats total = hn::Load(f, columns + k * lanes);
     for (std::int64_t column = 0; column < tile.width; column += lanes) {
       const Floats s = hn::Load(f, tile.scores + k * tile.width + column);
       const Floats x = hn::Sub(hn::Mul(s, scale), hn::Load(f, lse + column));
-      total = hn::Add(total, exp2_floats(hn::Mul(x, log2e)));
+      total = hn::Add(total, hn::IfThenZeroElse(hn::Eq(s, hidden), exp2_floats(hn::Mul(x, log2e))));
     }
     hn::Store(total, f, columns + k * lanes);
   }
