@@ -6,11 +6,10 @@
 namespace onepass::cuda {
 
 // Merges the warps' states of eight rows and writes the rows, or this part of them: into partial rows from slot_row on
-// unless that is −1. `arguments`: the kernel's own, which `a` may be a copy of.
+// unless that is −1.
 template <class Config>
-ONEPASS_DEVICE void finish_rows(const DecodeArguments& a, const DecodeArguments& arguments,
-                                const DeviceSequence& sequence, int batch, int head_kv, int first_row, int rows,
-                                std::int64_t slot_row, const unsigned char* shared) {
+ONEPASS_DEVICE void finish_rows(const DecodeArguments& a, const DeviceSequence& sequence, int batch, int head_kv,
+                                int first_row, int rows, std::int64_t slot_row, const unsigned char* shared) {
   const auto* const states = reinterpret_cast<const PartialState*>(shared + Config::kStateOffset);
   const auto* const out = reinterpret_cast<const float*>(shared + Config::kOutputOffset);
   constexpr int kChunks = Config::kHeadDim / 4;
@@ -40,18 +39,17 @@ ONEPASS_DEVICE void finish_rows(const DecodeArguments& a, const DecodeArguments&
       continue;
     }
     const RowPlace place = place_of(a, head_kv, first_row + row);
-    const RowEnd end_of_row = end_of(merged, a.problem.attention, place.head);
+    const RowEnd end_of_row = end_of(merged, a, place.head);
     const float f = end_of_row.factor;
     const std::int64_t token = sequence.query_start + place.query;
-    store_output(a, batch, place.head, token, d, {f * x.x, f * x.y, f * x.z, f * x.w});
-    if (d == 0) store_lse(a.problem.attention, batch, place.head, token, end_of_row.lse);
+    store_output<Config::kPlain>(a, batch, place.head, token, d, {f * x.x, f * x.y, f * x.z, f * x.w});
+    if (d == 0) store_lse(a.lse, batch, place.head, token, end_of_row.lse);
     repaired |= merged.repaired != 0.0f;
   }
   if (__syncthreads_or(repaired)) {
     for (int row = threadIdx.x / 32; row < end; row += Config::kWarps) {
-      restore_values(arguments, sequence, batch, head_kv, place_of(a, head_kv, first_row + row));
+      restore_values(a, batch, head_kv, first_row + row, false);
     }
-    __syncthreads();  // `sequence` may be in shared memory
   }
 }
 
