@@ -14,7 +14,7 @@ namespace onepass::cuda {
 namespace {
 
 constexpr std::int64_t kMaxCachedHeadDim = 512;
-constexpr std::int64_t kMostParts = 64;   // that are chosen; a caller may ask for more
+constexpr std::int64_t kMostParts = 64;    // that are chosen; a caller may ask for more
 constexpr std::int64_t kLongestUnit = 32;  // tokens
 
 // Rows of a (sequence, key/value head): all queries of all heads of the group.
@@ -43,8 +43,7 @@ bool is_plain(const CachedProblem& problem, std::int64_t kernel_head_dim) {
   return p.head_dim == kernel_head_dim && p.head_dim_v == kernel_head_dim && p.cu_seqlens_q == nullptr &&
          p.alibi_slopes == nullptr && p.softcap == 0 && !problem.rotary && pending.each == 0 &&
          pending.counts == nullptr && pending.cu_seqlens == nullptr && problem.num_splits == 0 &&
-         has_near_tokens(cache.k) &&
-         has_near_tokens(cache.v) && has_vectorized_output(p) &&
+         has_near_tokens(cache.k) && has_near_tokens(cache.v) && has_vectorized_output(p) &&
          is_vectorizable(p.q, p.dtype, p.batch, p.num_heads, p.total_q, p.head_dim);
 }
 
@@ -142,7 +141,8 @@ void run_parts(const CachedProblem& problem, const DecodeKernel& kernel, DecodeA
   launch_dependent(operation, kernel.kernel, {blocks, kernel.threads, kernel.shared_bytes}, device, context.stream, a);
   if (a.parts == 1) return;
   const CombineKernel combine = combine_kernel(equal_shares);
-  const std::int64_t merges = equal_shares ? blocks : problem.attention.batch * problem.cache.num_heads_kv * a.row_blocks;
+  const std::int64_t merges =
+      equal_shares ? blocks : problem.attention.batch * problem.cache.num_heads_kv * a.row_blocks;
   launch_dependent(operation, combine.kernel, {merges, combine.threads}, device, context.stream, a);
 }
 

@@ -99,9 +99,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   allow_next_grid();
   // Plain calls come here twice: before the grid ahead is done, for a guess at what they will need.
 #pragma unroll 1
-  for (bool guess = Config::kPlain && Config::kUnitsAhead > 0;; guess = false) {
+  for (bool guess = Config::kPlain;; guess = false) {
     if (!guess) wait_for_previous_grid();
-    share = fixed ? fixed_share<Config>(a) : equal_share<Config>(a, Config::kWarps);
+    share = fixed ? fixed_share<Config>(a) : equal_share<Config>(a);
     reader = {(share.pair.first + share.unit + warp) * Config::kTokens, share.pair.count - share.unit - warp,
               share.left - warp};
     if (share.left == 0) {
@@ -115,39 +115,33 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     find_unit<Config>(next, a, reader, *reading);
     if (!guess) break;
     if constexpr (Config::kPlain) {
-#pragma unroll 1
-      for (int i = 0;; ++i) {
-        prefetch_unit<Config>(next, a);
-        if (i + 1 == Config::kUnitsAhead) break;
-        advance<Config>(reader, reading, a);
-        find_unit<Config>(next, a, reader, *reading);
-      }
+      prefetch_unit<Config>(next, a);
+      prefetch_second<Config>(next, a, reader, *reading);
       __syncwarp();
     }
   }
   uint4 keys[Config::kTokens / 8][Config::kKeyPieces], values[M][4][Config::kValuePieces];
   request_keys<Config>(keys, a, next, 0);
   request_values<Config>(values, a, next, 0);
+  if constexpr (Config::kPlain) prefetch_second<Config>(next, a, reader, *reading);
 
   int batch = share.batch, head = share.head, first_unit = share.unit, left = share.left;
   int turn = warp;  // of the warp's next unit among those of the share from the pair's first on
-  DeviceSequence sequence;
-  bool other_batch = true;
+  DeviceSequence sequence = Config::kDirectQueries ? share.sequence : cached_sequence<Config::kPlain>(a, batch);
+  uint2 query_fragments[Config::kQueriesInRegisters ? Config::kHeadDim / 16 : 1] = {};
+  if constexpr (Config::kDirectQueries) load_query_fragments<Config>(query_fragments, a, batch, head);
 #pragma unroll 1
   for (;;) {
-    if (!Config::kPlain || other_batch) sequence = cached_sequence<Config::kPlain>(a, batch);
     const PairUnits pair = units_of<Config>(a, sequence);
     if (!Config::kPlain && pair.count == 0) {
-      ++batch;
+      sequence = cached_sequence(a, ++batch);
       continue;
     }
     const int rows = sequence.seqlen_q * a.group_size, here = min(pair.count - first_unit, left);
     const int tiles = (rows + 7) / 8;
-    uint2 query_fragments[Config::kQueriesInRegisters ? Config::kHeadDim / 16 : 1] = {};
     float factor[2] = {a.softmax_scale * kLog2e, a.softmax_scale * kLog2e};
-    if constexpr (Config::kDirectQueries) {
-      load_query_fragments<Config>(query_fragments, a, batch, head, rows);
-    } else {
+    if constexpr (!Config::kDirectQueries) {
+      __syncthreads();  // the last pair's rows are finished
       prepare_rows<Config>(a, sequence, batch, head, rows, shared);
       __syncthreads();
       if constexpr (Config::kQueriesInRegisters) {
@@ -224,29 +218,39 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     turn -= here;
 
     // A part of the pair that others continue: its first block has it in slot 2i + 1, all others in 2i.
-    const bool part = here < pair.count;
+    const bool part = here < pair.count, begins = first_unit == 0;
     std::int64_t slot = -1;
-    if (part) slot = fixed ? std::int64_t{blockIdx.x} : 2 * std::int64_t{blockIdx.x} + (first_unit == 0 ? 1 : 0);
+    if (part) slot = fixed ? std::int64_t{blockIdx.x} : 2 * std::int64_t{blockIdx.x} + (begins ? 1 : 0);
+    const std::int64_t query_start = Config::kPlain ? 0 : sequence.query_start;
+    const int finished_batch = batch, finished_head = head;
+    left -= here;
+    first_unit = 0;
+    bool next_batch = false;
+    if (left > 0 && ++head == a.heads_kv) head = 0, ++batch, next_batch = true;
+    if constexpr (Config::kDirectQueries) {  // what the next pair waits for, before this one is finished
+      if (next_batch) sequence = cached_sequence<Config::kPlain>(a, batch);
+      if (left > 0) load_query_fragments<Config>(query_fragments, a, batch, head);
+    }
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (n > 0 && n >= tiles) break;
-      if (n > 0) __syncthreads();
+      __syncthreads();  // rows that were shared before are finished
       share_state(state, n, rows, shared);
       __syncthreads();
-      finish_rows<Config>(a, sequence, batch, head, 8 * n, rows, slot < 0 ? -1 : slot * a.rows + 8 * n, shared);
+      finish_rows<Config>(a, query_start, finished_batch, finished_head, 8 * n, rows,
+                          slot < 0 ? -1 : slot * a.rows + 8 * n, left % Config::kWarps,
+                          reinterpret_cast<const PartialState*>(shared + Config::kStateOffset),
+                          reinterpret_cast<const float*>(shared + Config::kOutputOffset));
     }
-    left -= here;
-    if (left == 0) {
-      if (!fixed && threadIdx.x == 0) {
-        const bool begins = part && first_unit == 0;
-        const int parts = begins ? 1 + (pair.count - here + share.size - 1) / share.size : 0;
-        a.broken[blockIdx.x] = {batch, head, parts, rows};
-      }
-      return;
+    if (left > 0) {
+      if (!Config::kDirectQueries && next_batch) sequence = cached_sequence<Config::kPlain>(a, batch);
+      continue;
     }
-    first_unit = 0;
-    other_batch = ++head == a.heads_kv;
-    if (other_batch) head = 0, ++batch;
+    if (!fixed && threadIdx.x == 0) {
+      const int parts = part && begins ? 1 + (pair.count - here + share.size - 1) / share.size : 0;
+      a.broken[blockIdx.x] = {finished_batch, finished_head, parts, rows};
+    }
+    return;
   }
 }
 

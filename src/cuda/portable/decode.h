@@ -55,31 +55,33 @@ struct StoredRows {
 // Constant memory is fetched by the line when it is first touched, and every launch touches it anew: what a call
 // without options needs comes first, in the narrowest types, and such a call reads nothing of `problem`.
 struct DecodeArguments {
-  StoredRows k, v;
-  Operand q, out;
-  RowVector lse;
-  const std::int32_t *seqlens, *first_key, *batch_index, *page_table;
-  int page_table_stride, num_blocks, page_tokens;
+  const std::int32_t *seqlens, *first_key;
   int batch, heads_kv, seqlen_q;
   int group_size;
-  int max_rows;                   // sequences of more rows are left to another kernel
   int capacity;                   // tokens that a sequence may have
   int window_left, window_right;  // at most kUnboundedTokens
+  int parts;                      // of a pair; 0: equal shares
+  Divider grid, block_tokens;
+  const std::int32_t *page_table, *batch_index;
+  int page_table_stride, page_tokens, num_blocks;
   float softmax_scale;
-  DType dtype;
-  bool has_terms;  // softcap or ALiBi
-  bool vectorized_out;
-  Divider block_tokens, group, grid;
+  StoredRows k, v;
+  Operand q;
+  Divider group;
+  int rows, columns;     // of a slot
+  PartialState* states;  // (slots, rows). Equal shares: two slots a block; else one a (pair, row block, part)
+  float* partials;       // (slots, rows, columns)
+  BrokenPair* broken;    // equal shares: one a block
   const void* sinks;
-  DType sinks_dtype;
+  DType sinks_dtype, dtype;
+  Operand out;
   int head_dim_v;
+  bool vectorized_out;
+  bool has_terms;  // softcap or ALiBi
+  RowVector lse;
+  int max_rows;  // sequences of more rows are left to another kernel
   int unit_tokens;
-  int parts;              // of a pair; 0: equal shares
-  int row_blocks;         // of a.rows rows, each worked on like a pair; 1 with equal shares
-  int rows, columns;      // of a slot
-  PartialState* states;   // (slots, rows). Equal shares: two slots a block; else one a (pair, row block, part)
-  float* partials;        // (slots, rows, columns)
-  BrokenPair* broken;     // equal shares: one a block
+  int row_blocks;  // of a.rows rows, each worked on like a pair; 1 with equal shares
   CachedProblem problem;
 };
 
@@ -93,8 +95,8 @@ struct DecodeKernel {
 };
 
 // Kernels on tensor cores for 16-byte aligned rows: float16 and bfloat16 queries over the same type or 8 bits (and
-// bfloat16 over float16). plain_tokens: 0, or, of a plain call (see is_plain()), tokens that a unit must divide. Null when
-// there is none. Each head dim is instantiated in a file of its own, decode_<dim>.cu.
+// bfloat16 over float16). plain_tokens: 0, or, of a plain call (see is_plain()), tokens that a unit must divide. Null
+// when there is none. Each head dim is instantiated in a file of its own, decode_<dim>.cu.
 template <int kHeadDim>
 DecodeKernel decode_kernel_for(DType storage, int rows, int plain_tokens);
 

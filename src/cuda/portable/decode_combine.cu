@@ -79,9 +79,8 @@ __global__ void __launch_bounds__(32 * kWarps) combine_shares(const __grid_const
   const int first = blockIdx.x;
   const BrokenPair pair = a.broken[first];
   if (pair.parts < 2) return;
-  combine_rows<2>(a, cached_sequence(a, pair.batch), pair.batch, pair.head, 0, pair.rows,
-                                       pair.parts,
-                                       [&](int i) { return 2 * (std::int64_t{first} + i) + (i == 0 ? 1 : 0); });
+  combine_rows<2>(a, cached_sequence(a, pair.batch), pair.batch, pair.head, 0, pair.rows, pair.parts,
+                  [&](int i) { return 2 * (std::int64_t{first} + i) + (i == 0 ? 1 : 0); });
 }
 
 // Fixed numbers of parts, those without units included.
@@ -103,8 +102,6 @@ __global__ void __launch_bounds__(32 * kWarps) combine_parts(const __grid_consta
 
 }  // namespace
 
-CombineKernel combine_kernel(bool equal_shares) {
-  return {equal_shares ? combine_shares : combine_parts, 32 * kWarps};
-}
+CombineKernel combine_kernel(bool equal_shares) { return {equal_shares ? combine_shares : combine_parts, 32 * kWarps}; }
 
 }  // namespace onepass::cuda

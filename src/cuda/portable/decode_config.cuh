@@ -19,9 +19,10 @@ struct DecodeConfig {
   static constexpr int kRowBytes = kHeadDim * (kBytes ? 1 : 2);
   static constexpr int kTokens = kRowBytes > 128 || kColumnTiles > 1 ? 16 : 32;  // of a unit
   static constexpr int kTokenTiles = kTokens / 16;
-  // Of the channels, loaded one after the other: registers hold all of a unit, or 2 KB of K and of V beside outputs of
-  // 128 registers.
-  static constexpr int kSlices = std::max(1, kColumnTiles* kHeadDim > 256 ? kTokens * kRowBytes / 2048 : 1);
+  // Of the channels, loaded one after the other: registers hold 8 KB of K and of V, or 2 KB beside outputs of 128
+  // registers.
+  static constexpr int kSliceBytes = kColumnTiles * kHeadDim > 256 ? 2048 : kPlain ? 8192 : 4096;
+  static constexpr int kSlices = std::max(1, kTokens* kRowBytes / kSliceBytes);
   static constexpr int kKeyPieces = kRowBytes / 64 / kSlices;                 // 16 bytes of a row, a lane and slice
   static constexpr int kValueBytes = std::min(16, kRowBytes / 8 / kSlices);   // of a piece
   static constexpr int kValuePieces = kRowBytes / 8 / kValueBytes / kSlices;  // of a row, a lane and slice
@@ -33,11 +34,6 @@ struct DecodeConfig {
   static constexpr bool kDirectQueries = kPlain && !kBytes && kQueriesInRegisters;  // not by way of shared memory
   // With many columns the registers of keys are needed until the weights are packed.
   static constexpr bool kKeysEarly = kColumnTiles == 1;
-  
-#ifndef AHEAD
-#define AHEAD 2
-#endif
-  static constexpr int kUnitsAhead = AHEAD;  // that a warp asks into the second-level cache before it may read anything
 
   // One block a multiprocessor: few parts to merge. 12 warps where 168 registers are enough, else 8.
   static constexpr int kWarps = kPlain && kColumnTiles * kHeadDim <= 128 ? 12 : 8;

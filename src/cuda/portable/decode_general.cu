@@ -200,8 +200,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int c = 0; c < kPerLane; ++c) outputs[r * Config::kOutputPitch + lane + 32 * c] = out[r][c];
   __syncthreads();
   const bool partial = mine.size < units.count;
-  finish_rows<Config>(a, sequence, batch, head, first_row, first_row + rows,
-                      partial ? std::int64_t{blockIdx.x} * kRows : -1, shared);
+  finish_rows<Config>(a, sequence.query_start, batch, head, first_row, first_row + rows,
+                      partial ? std::int64_t{blockIdx.x} * kRows : -1, 0,
+                      reinterpret_cast<const PartialState*>(shared + Config::kStateOffset),
+                      reinterpret_cast<const float*>(shared + Config::kOutputOffset));
 }
 
 template <DType kStorage>

@@ -77,10 +77,11 @@ ONEPASS_DEVICE void prepare_rows(const DecodeArguments& a, const DeviceSequence&
 // Plain calls of queries that are T: of up to eight rows, the fragments of row lane/4, from where they are.
 template <class Config>
 ONEPASS_DEVICE void load_query_fragments(uint2 (&fragments)[Config::kHeadDim / 16], const DecodeArguments& a, int batch,
-                                         int head_kv, int rows) {
-  const RowPlace place = place_of(a, head_kv, min(lane_id() / 4, rows - 1));
-  const auto* const row = static_cast<const uint4*>(a.q.data) +
-                          (batch * a.q.batch_stride + place.head * a.q.head_stride + place.query * a.q.token_stride) / 8;
+                                         int head_kv) {
+  const RowPlace place = place_of(a, head_kv, min(lane_id() / 4, a.seqlen_q * a.group_size - 1));
+  const auto* const row =
+      static_cast<const uint4*>(a.q.data) +
+      (batch * a.q.batch_stride + place.head * a.q.head_stride + place.query * a.q.token_stride) / 8;
 #pragma unroll
   for (int piece = 0; piece < Config::kHeadDim / 32; ++piece) {
     const uint4 x = row[4 * piece + lane_id() % 4];

@@ -102,7 +102,8 @@ ONEPASS_DEVICE void store_output(const DecodeArguments& a, int batch, int head, 
 
 ONEPASS_DEVICE RowEnd end_of(const PartialState& row, const DecodeArguments& a, int head) {
   const bool none = row.largest == -kInfinity;  // a row of NaNs has a sum, but no maximum
-  return finish_row(a.sinks, a.sinks_dtype, head, none ? 0.0f : row.largest, 1.0f, kLn2, false, row.rounded, row.sum, none, 1.0f);
+  return finish_row(a.sinks, a.sinks_dtype, head, none ? 0.0f : row.largest, 1.0f, kLn2, false, row.rounded, row.sum,
+                    none, 1.0f);
 }
 
 // Takes one more part into a row; the factors of the output so far and of the part's.
@@ -141,8 +142,8 @@ ONEPASS_DEVICE float stored_element(const void* data, DType dtype, std::int64_t 
   }
 }
 
-// Adds to row pair_row of a pair, which the calling warp has written, the infinities and NaNs among the values that it sees, as
-// they were left out: as stored, or after the scale and the conversion to the queries' type.
+// Adds to row pair_row of a pair, which the calling warp has written, the infinities and NaNs among the values that it
+// sees, as they were left out: as stored, or after the scale and the conversion to the queries' type.
 static __device__ __noinline__ void restore_values(const DecodeArguments& a, int batch, int head_kv, int pair_row,
                                                    bool converted) {
   const DeviceSequence sequence = cached_sequence(a, batch);

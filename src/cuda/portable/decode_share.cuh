@@ -54,6 +54,7 @@ struct Share {
   int batch = 0, head = 0, unit = 0, left = 0;
   int size = 0;                     // of every share
   PairUnits pair = {{0, 0}, 0, 0};  // of the first pair
+  DeviceSequence sequence = {};     // plain calls: its sequence
 };
 
 // The part of a block that has one part of one pair.
@@ -62,67 +63,83 @@ ONEPASS_DEVICE Share fixed_share(const DecodeArguments& a) {
   const int pair = blockIdx.x / a.parts, part = blockIdx.x % a.parts;
   const PairUnits units = units_of<Config>(a, pair / a.heads_kv);
   const Part mine = part_of(units.count, part, a.parts);
-  return {pair / a.heads_kv, pair % a.heads_kv, mine.begin, mine.size, 0, units};
+  return {pair / a.heads_kv, pair % a.heads_kv, mine.begin, mine.size, 0, units, {}};
 }
 
-// Of the 32 sequences from `first` on, one a lane: units, and those of the sequences before it among the 32.
-struct Scan {
-  PairUnits pair;
-  int start, end, total;
-};
+// Equal shares of the line, in order; every warp works it out for itself. In plain calls a lane has up to four
+// sequences 32 apart, so that 128 of them cost one wait for memory.
 template <class Config>
-ONEPASS_DEVICE Scan scan_units(const DecodeArguments& a, int first) {
-  const int lane = threadIdx.x % 32, batch = first + lane;
-  Scan scan{{{0, 0}, 0, 0}, 0, 0, 0};
-  if (batch < a.batch) scan.pair = units_of<Config>(a, batch);
-  const int units = scan.pair.count * a.heads_kv;
-  scan.end = units;
-  if (a.batch > 1) {
-#pragma unroll
-    for (int apart = 1; apart < 32; apart *= 2) {
-      const int before = __shfl_up_sync(~0u, scan.end, apart);
-      if (lane >= apart) scan.end += before;
-    }
-  }
-  scan.start = scan.end - units;
-  scan.total = __shfl_sync(~0u, scan.end, a.batch > 1 ? 31 : 0);
-  return scan;
-}
-
-// Equal shares of the line, in order, of at least `smallest` units; every warp works it out for itself.
-template <class Config>
-ONEPASS_DEVICE Share equal_share(const DecodeArguments& a, int smallest) {
+ONEPASS_DEVICE Share equal_share(const DecodeArguments& a) {
+  constexpr int kEach = Config::kPlain ? 4 : 1, kAtOnce = 32 * kEach;
+  const int lane = threadIdx.x % 32;
   int total = 0, size = 0, begin = 0, before = 0;
-  bool counted = false;  // first all units, then, in a second pass where 32 lanes were too few, the share's begin
-  Scan scan;
+  bool counted = false;  // first all units, then, in a second pass where the lanes were too few, the share's begin
+  DeviceSequence sequences[kEach];
+  int ends[kEach], units[kEach];  // of the sequences up to a lane's, from the first of these 32 on; of its own
+  int sums[kEach + 1] = {};       // of the 32s before
   int first = 0;
 #pragma unroll 1
-  for (;; first += 32) {
-    scan = scan_units<Config>(a, first);
+  for (;; first += kAtOnce) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (i > 0 && first + 32 * i >= a.batch) break;
+      sequences[i] = cached_sequence<Config::kPlain>(a, min(first + 32 * i + lane, a.batch - 1));
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      ends[i] = units[i] = 0;
+      sums[i + 1] = sums[i];
+      if (i > 0 && first + 32 * i >= a.batch) continue;
+      if (first + 32 * i + lane < a.batch) units[i] = units_of<Config>(a, sequences[i]).count * a.heads_kv;
+      ends[i] = units[i];
+      if (a.batch > 1) {
+#pragma unroll
+        for (int apart = 1; apart < 32; apart *= 2) {
+          const int others = __shfl_up_sync(~0u, ends[i], apart);
+          if (lane >= apart) ends[i] += others;
+        }
+      }
+      sums[i + 1] += __shfl_sync(~0u, ends[i], a.batch > 1 ? 31 : 0);
+    }
     if (!counted) {
-      total += scan.total;
-      if (first + 32 < a.batch) continue;
+      total += sums[kEach];
+      if (first + kAtOnce < a.batch) continue;
       counted = true;
-      size = max(a.grid(total + static_cast<int>(gridDim.x) - 1), smallest);
+      size = max(a.grid(total + static_cast<int>(gridDim.x) - 1), 1);
       const std::int64_t begin64 = std::int64_t{blockIdx.x} * size;
       if (begin64 >= total) return {};
       begin = static_cast<int>(begin64);
-      if (a.batch > 32) {
-        first = -32;
+      if (a.batch > kAtOnce) {
+        first = -kAtOnce;
         continue;
       }
     }
-    if (begin < before + scan.total) break;
-    before += scan.total;
+    if (begin < before + sums[kEach]) break;
+    before += sums[kEach];
   }
-  const std::uint32_t behind = __ballot_sync(~0u, begin < before + scan.end);
+  int index = 0, end = ends[0], mine = units[0], sum = 0;
+  DeviceSequence sequence = sequences[0];
+#pragma unroll
+  for (int i = 1; i < kEach; ++i) {
+    if (begin < before + sums[i] || first + 32 * i >= a.batch) break;
+    index = i, end = ends[i], mine = units[i], sum = sums[i];
+    sequence = sequences[i];
+  }
+  int inside = begin - before - sum;
+  const std::uint32_t behind = __ballot_sync(~0u, inside < end);
   const int owner = __ffs(static_cast<int>(behind)) - 1;  // the first lane whose sequence ends behind the share's begin
+  inside -= __shfl_sync(~0u, end - mine, owner);
   Share share;
-  share.pair = {{__shfl_sync(~0u, scan.pair.keys.begin, owner), __shfl_sync(~0u, scan.pair.keys.end, owner)},
-                __shfl_sync(~0u, scan.pair.first, owner),
-                __shfl_sync(~0u, scan.pair.count, owner)};
-  const int inside = begin - before - __shfl_sync(~0u, scan.start, owner);
-  share.batch = first + owner;
+  share.batch = first + 32 * index + owner;
+  if constexpr (Config::kPlain) {
+    sequence.seqlen_k = sequence.key_end = __shfl_sync(~0u, sequence.seqlen_k, owner);
+    sequence.key_begin = __shfl_sync(~0u, sequence.key_begin, owner);
+    sequence.diagonal = sequence.seqlen_k - sequence.seqlen_q;
+    share.pair = units_of<Config>(a, sequence);
+    share.sequence = sequence;
+  } else {
+    share.pair = units_of<Config>(a, share.batch);
+  }
   share.head = inside / share.pair.count;
   share.unit = inside - share.head * share.pair.count;
   share.left = min(size, total - begin);

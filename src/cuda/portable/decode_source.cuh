@@ -142,17 +142,29 @@ ONEPASS_DEVICE void find_unit(ListedUnit& unit, const DecodeArguments& a, const 
   }
 }
 
-// Asks a unit into the second-level cache.
+// Asks rows [first, last] of a unit, or behind it, into the second-level cache.
 template <class Config>
-ONEPASS_DEVICE void prefetch_unit(const PlainUnit& unit, const DecodeArguments& a) {
-  if (unit.high < unit.low) return;
+ONEPASS_DEVICE void prefetch_rows(const PlainUnit& unit, const DecodeArguments& a, int first, int last) {
   constexpr int kLines = std::max(1, Config::kRowBytes / 128);  // of a row
 #pragma unroll
   for (int i = 0; i < Config::kTokens * kLines; i += 32) {
-    const int row = min(max((i + lane_id()) / kLines, unit.low), unit.high), byte = (i + lane_id()) % kLines * 128;
-    prefetch_line(unit.key + std::int64_t{row * a.k.token_stride} + byte);
-    prefetch_line(unit.value + std::int64_t{row * a.v.token_stride} + byte);
+    const int row = min(first + (i + lane_id()) / kLines, last), byte = (i + lane_id()) % kLines * 128;
+    prefetch_line(unit.key + std::int64_t{row} * a.k.token_stride + byte);
+    prefetch_line(unit.value + std::int64_t{row} * a.v.token_stride + byte);
   }
+}
+template <class Config>
+ONEPASS_DEVICE void prefetch_unit(const PlainUnit& unit, const DecodeArguments& a) {
+  if (unit.high >= unit.low) prefetch_rows<Config>(unit, a, unit.low, unit.high);
+}
+// The warp's unit after this one, where it is not far to seek.
+template <class Config>
+ONEPASS_DEVICE void prefetch_second(const PlainUnit& unit, const DecodeArguments& a, const Reader& reader,
+                                    const ReaderPair& pair) {
+  constexpr int kAhead = Config::kWarps * Config::kTokens;
+  const int last = min(pair.units.keys.end - unit.token, kAhead + Config::kTokens) - 1;
+  if (a.page_table != nullptr || unit.high < unit.low || reader.left <= Config::kWarps || last < kAhead) return;
+  prefetch_rows<Config>(unit, a, kAhead, last);
 }
 
 // Token rows g, 8 + g, … of a unit; lane t of a quad takes every fourth piece.
@@ -201,7 +213,8 @@ ONEPASS_DEVICE void request_values(uint4 (&data)[Config::kTokenTiles][4][Config:
     for (int m = 0; m < Config::kTokenTiles; ++m)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const char* const row = first + std::int64_t{min(max(value_token(m, i), unit.low), unit.high) * a.v.token_stride};
+        const char* const row =
+            first + std::int64_t{min(max(value_token(m, i), unit.low), unit.high) * a.v.token_stride};
 #pragma unroll
         for (int c = 0; c < Config::kValuePieces; ++c) {
           load_streamed<Config::kValueBytes>(data[m][i][c], row + 8 * c * Config::kValueBytes);

@@ -138,6 +138,7 @@ ONEPASS_DEVICE void share_state(const DecodeState<Config>& state, int n, int row
       states[2 * t + e] = {state.largest[n][e], sum, rounded, state.repaired ? 1.0f : 0.0f};
     }
     if (8 * n + 2 * t + e >= rows) continue;
+    const bool nothing = sum == 0.0f;  // weights of 0 times infinities are not 0
     float* const row = out + (2 * t + e) * Config::kOutputPitch;
 #pragma unroll
     for (int piece = 0; piece < Config::kOutputTiles / Config::kPairs; ++piece)
@@ -145,8 +146,9 @@ ONEPASS_DEVICE void share_state(const DecodeState<Config>& state, int n, int row
       for (int i = 0; i < Config::kPairs; i += 2) {
         const float(&x)[4] = state.out[n][piece * Config::kPairs + i];
         const float(&y)[4] = state.out[n][piece * Config::kPairs + i + 1];
-        *reinterpret_cast<float4*>(row + first_channel<Config>(piece) + 2 * i) = {x[e] * unit, x[2 + e] * unit,
-                                                                                  y[e] * unit, y[2 + e] * unit};
+        float4 four{x[e] * unit, x[2 + e] * unit, y[e] * unit, y[2 + e] * unit};
+        if (nothing) four = {0.0f, 0.0f, 0.0f, 0.0f};
+        *reinterpret_cast<float4*>(row + first_channel<Config>(piece) + 2 * i) = four;
       }
   }
 }
