@@ -69,3 +69,52 @@ def test_pages_out_of_range_are_skipped() -> None:
     want = attended([2, 0], 32)
     for bad in (-1, 4, 1 << 30):
         torch.testing.assert_close(attended([2, 0, bad], 48), want, rtol=1e-2, atol=1e-2)
+
+
+def long_cache(seed: int, tokens: int, capacity: int = 6000) -> tuple[onepass.KVCache, torch.Tensor]:
+    """One sequence whose key/value heads are shared by all multiprocessors, and a query."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    cache = onepass.KVCache(1, capacity, HEADS_KV, 128, device="cuda")
+    shape = (1, HEADS_KV, tokens, 128)
+    cache.append(*(torch.randn(shape, device="cuda", generator=generator).bfloat16() for _ in range(2)))
+    return cache, torch.randn(1, HEADS, 1, 128, device="cuda", generator=generator).bfloat16()
+
+
+def test_graphs_replay_side_by_side() -> None:
+    graphs, outs, wants = [], [], []
+    for seed in range(3):
+        cache, q = long_cache(seed, 6000 - 1000 * seed)
+        wants.append(onepass.cached_attention(q, cache))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs.append([onepass.cached_attention(q, cache) for _ in range(4)])
+        graphs.append((graph, cache, q))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(25):
+        for stream, (graph, _, _) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for want, results in zip(wants, outs, strict=True):
+        assert all(torch.equal(out, want) for out in results)
+
+
+def test_a_graph_of_append_and_attention_generates() -> None:
+    torch.manual_seed(3)
+    steps = 60
+    new = [randn(steps, 1, HEADS_KV, 1, 128).cuda().bfloat16() for _ in range(2)]
+    (cache, q), (eager, _) = long_cache(7, 3000), long_cache(7, 3000)
+    k, v = (torch.zeros_like(tensor[0]) for tensor in new)
+    onepass.cached_attention(q, cache, k_new=k, v_new=v)
+    cache.seqlens.fill_(3000)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = onepass.cached_attention(q, cache, k_new=k, v_new=v)
+    for step in range(steps):
+        k.copy_(new[0][step])
+        v.copy_(new[1][step])
+        graph.replay()
+        assert torch.equal(out, onepass.cached_attention(q, eager, k_new=new[0][step], v_new=new[1][step]))
+    assert cache.seqlens.tolist() == [3000 + steps]

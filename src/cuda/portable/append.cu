@@ -139,8 +139,8 @@ ONEPASS_DEVICE void store_row(const float (&x)[kPerLane], const KVStorage& cache
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendArguments a) {
   __shared__ float groups[kWarps][32 * kPerLane];
   __shared__ std::uint32_t largest[2];
-  wait_for_previous_grid();
   allow_next_grid();
+  wait_for_previous_grid();
   const AppendProblem& p = a.problem;
   const KVStorage& cache = p.cache;
   const int batch = blockIdx.x / a.tokens, token = blockIdx.x % a.tokens, count = new_tokens(p.tokens, batch);
@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
 }
 
 __global__ void __launch_bounds__(256) advance_kernel(const __grid_constant__ AppendArguments a) {
-  wait_for_previous_grid();
   allow_next_grid();
+  wait_for_previous_grid();
   const KVStorage& cache = a.problem.cache;
   const int batch = blockIdx.x * 256 + threadIdx.x;
   if (batch >= cache.batch) return;

@@ -14,7 +14,8 @@ namespace onepass::cuda {
 namespace {
 
 constexpr std::int64_t kMaxCachedHeadDim = 512;
-constexpr std::int64_t kMostParts = 64;  // that are chosen; a caller may ask for more
+constexpr std::int64_t kMostParts = 64;    // that are chosen; a caller may ask for more
+constexpr std::int64_t kLongestUnit = 32;  // tokens
 
 // Rows of a (sequence, key/value head): all queries of all heads of the group.
 std::int64_t longest_rows(const CachedProblem& problem) {
@@ -30,15 +31,20 @@ bool has_vectorized_output(const Problem& p) {
   return is_vectorizable(p.out, p.dtype, p.batch, p.num_heads, p.total_q, p.head_dim_v);
 }
 
-// A call with nothing that plain_arguments() leaves out.
-bool is_plain(const CachedProblem& problem) {
+// Within a unit, offsets of plain calls are computed in 32 bits.
+bool has_near_tokens(const Operand& operand) { return std::abs(operand.token_stride) < (1 << 24); }
+
+// What the kernels without options take: dense queries in rows of 16 bytes, the kernel's own head dim, keys that are
+// bounded by lengths, windows and padding alone. Units must lie in one page, too.
+bool is_plain(const CachedProblem& problem, std::int64_t kernel_head_dim) {
   const Problem& p = problem.attention;
   const KVStorage& cache = problem.cache;
   const NewTokens& pending = problem.pending;
-  return p.cu_seqlens_q == nullptr && p.sinks == nullptr && p.alibi_slopes == nullptr && p.softcap == 0 &&
-         p.window_left == kUnbounded && cache.first_key == nullptr && cache.batch_index == nullptr && !problem.rotary &&
-         pending.each == 0 && pending.counts == nullptr && pending.cu_seqlens == nullptr && problem.num_splits == 0 &&
-         has_vectorized_output(p);
+  return p.head_dim == kernel_head_dim && p.head_dim_v == kernel_head_dim && p.cu_seqlens_q == nullptr &&
+         p.alibi_slopes == nullptr && p.softcap == 0 && !problem.rotary && pending.each == 0 &&
+         pending.counts == nullptr && pending.cu_seqlens == nullptr && problem.num_splits == 0 &&
+         has_near_tokens(cache.k) && has_near_tokens(cache.v) && has_vectorized_output(p) &&
+         is_vectorizable(p.q, p.dtype, p.batch, p.num_heads, p.total_q, p.head_dim);
 }
 
 // The kernel on tensor cores for up to `rows` rows, or none.
@@ -54,7 +60,9 @@ DecodeKernel matrix_kernel(const CachedProblem& problem, std::int64_t rows) {
     return {};
   }
   return with_head_dim(padded_head_dim(problem.attention), [&](auto head_dim) {
-    return decode_kernel_for<head_dim.value>(cache.dtype, static_cast<int>(rows), is_plain(problem));
+    const bool plain = is_plain(problem, head_dim.value);
+    const std::int64_t tokens = !plain ? 0 : cache.paged() ? cache.block_tokens : kLongestUnit;
+    return decode_kernel_for<head_dim.value>(cache.dtype, static_cast<int>(rows), static_cast<int>(tokens));
   });
 }
 
@@ -70,9 +78,35 @@ int window_of(std::int64_t tokens) {
 
 DecodeArguments arguments_of(const CachedProblem& problem, const DecodeKernel& kernel, std::int64_t max_rows) {
   const Problem& p = problem.attention;
+  const KVStorage& cache = problem.cache;
+  const auto rows_of = [&](const Operand& operand) -> StoredRows {
+    const auto bytes = static_cast<std::int64_t>(size_of(cache.dtype));
+    return {static_cast<const char*>(operand.data), operand.batch_stride * bytes, operand.head_stride * bytes,
+            static_cast<int>(operand.token_stride * bytes)};
+  };
   DecodeArguments a{};
   a.problem = problem;
-  a.block_tokens = Divider(problem.cache.block_tokens);
+  a.k = rows_of(cache.k);
+  a.v = rows_of(cache.v);
+  a.q = p.q;
+  a.out = p.out;
+  a.lse = p.lse;
+  a.seqlens = cache.seqlens;
+  a.first_key = cache.first_key;
+  a.batch_index = cache.batch_index;
+  a.page_table = cache.page_table;
+  a.page_table_stride = static_cast<int>(cache.page_table_stride);
+  a.num_blocks = static_cast<int>(cache.num_blocks);
+  a.page_tokens = static_cast<int>(cache.block_tokens);
+  a.batch = static_cast<int>(p.batch);
+  a.heads_kv = static_cast<int>(cache.num_heads_kv);
+  a.seqlen_q = static_cast<int>(p.seqlen_q);
+  a.softmax_scale = p.softmax_scale;
+  a.dtype = p.dtype;
+  a.sinks = p.sinks;
+  a.sinks_dtype = p.sinks_dtype;
+  a.head_dim_v = static_cast<int>(p.head_dim_v);
+  a.block_tokens = Divider(cache.block_tokens);
   a.group = Divider(p.group_size());
   a.group_size = static_cast<int>(p.group_size());
   a.max_rows = static_cast<int>(max_rows);
@@ -96,19 +130,20 @@ void run_parts(const CachedProblem& problem, const DecodeKernel& kernel, DecodeA
   const std::int64_t rows = slots * a.rows;
   const std::size_t state_bytes = static_cast<std::size_t>(rows) * sizeof(PartialState);
   const std::size_t partial_bytes = static_cast<std::size_t>(rows) * a.columns * sizeof(float);
-  const std::size_t start_bytes =
-      a.parts == 0 ? static_cast<std::size_t>(problem.attention.batch + 2) * sizeof(std::int32_t) : 0;
-  const Workspace workspace(context, problem.attention.device, state_bytes + partial_bytes + start_bytes);
+  const bool equal_shares = a.parts == 0;
+  const std::size_t broken_bytes = equal_shares ? static_cast<std::size_t>(blocks) * sizeof(BrokenPair) : 0;
+  const Workspace workspace(context, problem.attention.device, state_bytes + partial_bytes + broken_bytes);
   a.partials = workspace.as<float>();
   a.states = reinterpret_cast<PartialState*>(workspace.as<char>() + partial_bytes);
-  a.starts = reinterpret_cast<std::int32_t*>(workspace.as<char>() + partial_bytes + state_bytes);
+  a.broken = reinterpret_cast<BrokenPair*>(workspace.as<char>() + partial_bytes + state_bytes);
+  a.grid = Divider(blocks);
   const char* const operation = problem.attention.operation;
   launch_dependent(operation, kernel.kernel, {blocks, kernel.threads, kernel.shared_bytes}, device, context.stream, a);
   if (a.parts == 1) return;
-  const CombineKernel combine = combine_kernel();
-  const std::int64_t pairs = problem.attention.batch * problem.cache.num_heads_kv;
-  launch_dependent(operation, combine.kernel, {pairs * a.row_blocks * a.rows, combine.threads}, device, context.stream,
-                   a);
+  const CombineKernel combine = combine_kernel(equal_shares);
+  const std::int64_t merges =
+      equal_shares ? blocks : problem.attention.batch * problem.cache.num_heads_kv * a.row_blocks;
+  launch_dependent(operation, combine.kernel, {merges, combine.threads}, device, context.stream, a);
 }
 
 // The kernel that a row gets must not depend on the rows of other sequences where its bits must not.

@@ -5,6 +5,7 @@
 #include "core/cache_problem.h"
 #include "cuda/common/sequence.cuh"
 #include "cuda/portable/decode.h"
+#include "cuda/portable/decode_ptx.cuh"
 
 namespace onepass::cuda {
 
@@ -14,18 +15,24 @@ ONEPASS_DEVICE int new_tokens(const NewTokens& tokens, int batch) {
   return tokens.counts != nullptr ? min(max(tokens.counts[batch], 0), each) : each;
 }
 
+// kPlain: dense queries and nothing pending; may also be called before wait_for_previous_grid(), for a guess.
+template <bool kPlain = false>
 ONEPASS_DEVICE DeviceSequence cached_sequence(const DecodeArguments& a, int batch) {
-  const Problem& p = a.problem.attention;
-  const KVStorage& cache = a.problem.cache;
-  Span queries{0, static_cast<int>(p.seqlen_q)};
-  if (p.cu_seqlens_q != nullptr) queries = ragged_span(p.cu_seqlens_q, batch, p.seqlen_q, p.total_q);
   DeviceSequence s;
-  s.query_start = queries.start;
-  s.key_start = 0;
-  s.seqlen_q = queries.size;
-  s.seqlen_k = min(max(cache.seqlens[batch], 0), a.capacity);
-  s.seqlen_k = min(s.seqlen_k + min(new_tokens(a.problem.pending, batch), a.capacity), a.capacity);
-  s.key_begin = cache.first_key != nullptr ? min(max(cache.first_key[batch], 0), s.seqlen_k) : 0;
+  s.query_start = s.key_start = 0;
+  s.seqlen_q = a.seqlen_q;
+  const auto index = [&](const std::int32_t* indices) { return kPlain ? load_index(indices + batch) : indices[batch]; };
+  s.seqlen_k = min(max(index(a.seqlens), 0), a.capacity);
+  if constexpr (!kPlain) {
+    const Problem& p = a.problem.attention;
+    if (p.cu_seqlens_q != nullptr) {
+      const Span queries = ragged_span(p.cu_seqlens_q, batch, p.seqlen_q, p.total_q);
+      s.query_start = queries.start;
+      s.seqlen_q = queries.size;
+    }
+    s.seqlen_k = min(s.seqlen_k + min(new_tokens(a.problem.pending, batch), a.capacity), a.capacity);
+  }
+  s.key_begin = a.first_key != nullptr ? min(max(index(a.first_key), 0), s.seqlen_k) : 0;
   s.key_end = s.seqlen_k;
   s.diagonal = s.seqlen_k - s.seqlen_q;
   return s;

@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Shape::kBlocksPerMul
   using KeyTile = typename Config::KeyTile;
   constexpr int R = Config::R, C = Config::C, CO = Config::CO, kKeys = Config::kKeys;
   extern __shared__ __align__(128) unsigned char shared[];
-  wait_for_previous_grid();
   allow_next_grid();
+  wait_for_previous_grid();
   const DecodeArguments& a = arguments.rows;
   const Problem& p = a.problem.attention;
   const KVStorage& cache = a.problem.cache;
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Shape::kBlocksPerMul
   if (repaired) {
     __syncwarp();
     for (int row = warp_row; row < min(warp_row + Config::kRowsPerWarp, live_rows); ++row) {
-      restore_values(a, sequence, batch, head_kv, place_of(a, head_kv, first_row + row));
+      restore_values(a, batch, head_kv, first_row + row, !arguments.direct_values);
     }
   }
 }

@@ -40,23 +40,49 @@ struct PartialState {
   float repaired;  // not 0: infinities and NaNs among the values were left out and must be added
 };
 
+// Equal shares: the pair that a block begins and others continue, in `parts` parts; 0: there is none.
+struct BrokenPair {
+  int batch, head, parts, rows;
+};
+
+// Keys or values; strides in bytes.
+struct StoredRows {
+  const char* data;
+  std::int64_t block_stride, head_stride;
+  int token_stride;
+};
+
+// Constant memory is fetched by the line when it is first touched, and every launch touches it anew: what a call
+// without options needs comes first, in the narrowest types, and such a call reads nothing of `problem`.
 struct DecodeArguments {
-  CachedProblem problem;
-  Divider block_tokens, group;
+  const std::int32_t *seqlens, *first_key;
+  int batch, heads_kv, seqlen_q;
   int group_size;
-  int max_rows;                   // sequences of more rows are left to another kernel
   int capacity;                   // tokens that a sequence may have
   int window_left, window_right;  // at most kUnboundedTokens
-  int unit_tokens;
-  int parts;       // of a pair; 0: equal shares
-  int row_blocks;  // of a.rows rows, each worked on like a pair; 1 with equal shares
-  bool has_terms;  // softcap or ALiBi
-  bool vectorized_out;
+  int parts;                      // of a pair; 0: equal shares
+  Divider grid, block_tokens;
+  const std::int32_t *page_table, *batch_index;
+  int page_table_stride, page_tokens, num_blocks;
+  float softmax_scale;
+  StoredRows k, v;
+  Operand q;
+  Divider group;
   int rows, columns;     // of a slot
   PartialState* states;  // (slots, rows). Equal shares: two slots a block; else one a (pair, row block, part)
   float* partials;       // (slots, rows, columns)
-  std::int32_t*
-      starts;  // equal shares: each sequence's first unit in the line, the line's end, and the size of a share
+  BrokenPair* broken;    // equal shares: one a block
+  const void* sinks;
+  DType sinks_dtype, dtype;
+  Operand out;
+  int head_dim_v;
+  bool vectorized_out;
+  bool has_terms;  // softcap or ALiBi
+  RowVector lse;
+  int max_rows;  // sequences of more rows are left to another kernel
+  int unit_tokens;
+  int row_blocks;  // of a.rows rows, each worked on like a pair; 1 with equal shares
+  CachedProblem problem;
 };
 
 struct DecodeKernel {
@@ -69,10 +95,10 @@ struct DecodeKernel {
 };
 
 // Kernels on tensor cores for 16-byte aligned rows: float16 and bfloat16 queries over the same type or 8 bits (and
-// bfloat16 over float16); `plain`: see plain_arguments(). Null when there is none. Each head dim is instantiated in a
-// file of its own, decode_<dim>.cu.
+// bfloat16 over float16). plain_tokens: 0, or, of a plain call (see is_plain()), tokens that a unit must divide. Null
+// when there is none. Each head dim is instantiated in a file of its own, decode_<dim>.cu.
 template <int kHeadDim>
-DecodeKernel decode_kernel_for(DType storage, int rows, bool plain);
+DecodeKernel decode_kernel_for(DType storage, int rows, int plain_tokens);
 
 // For everything else: any types and strides, head dims up to 512, scales of groups of channels, thresholds; float32
 // products. a.rows are kGeneralRows.
@@ -83,7 +109,8 @@ struct CombineKernel {
   void (*kernel)(DecodeArguments);
   int threads;
 };
-// Merges the parts of every row; one block a row of a pair.
-CombineKernel combine_kernel();
+// Merges the parts of the rows of pairs that have several. Equal shares: one block for each block of the kernel before;
+// else one a (pair, row block).
+CombineKernel combine_kernel(bool equal_shares);
 
 }  // namespace onepass::cuda

@@ -2,6 +2,6 @@
 
 namespace onepass::cuda {
 
-template DecodeKernel decode_kernel_for<64>(DType storage, int rows, bool plain);
+template DecodeKernel decode_kernel_for<64>(DType storage, int rows, int plain_tokens);
 
 }  // namespace onepass::cuda

@@ -10,6 +10,7 @@ namespace {
 template <DType kStorage_, int kPerLane_>
 struct GeneralConfig {
   static constexpr DType kStorage = kStorage_;
+  static constexpr bool kPlain = false;
   static constexpr int kPerLane = kPerLane_, kHeadDim = 32 * kPerLane;
   static constexpr int kRows = kGeneralRows, kTokens = 32, kBatch = 4;  // keys at a time
   static constexpr int kWarps = kHeadDim > 128 ? 4 : 8, kThreads = 32 * kWarps;
@@ -64,13 +65,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const KVStorage& cache = a.problem.cache;
   const Problem& p = a.problem.attention;
-  wait_for_previous_grid();
   allow_next_grid();
+  wait_for_previous_grid();
   const int part = blockIdx.x % a.parts, block = blockIdx.x / a.parts % a.row_blocks;
   const int pair = blockIdx.x / a.parts / a.row_blocks, heads = static_cast<int>(cache.num_heads_kv);
   const int batch = pair / heads, head = pair % heads, first_row = block * kRows;
   const DeviceSequence sequence = cached_sequence(a, batch);
-  const PairUnits units = units_of(a, sequence, first_row);
+  const PairUnits units = units_of(a, sequence, first_row, Config::kTokens);
   const Part mine = part_of(units.count, part, a.parts);
   if (mine.size == 0) return;
   const int rows = min(kRows, sequence.seqlen_q * a.group_size - first_row);
@@ -199,8 +200,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int c = 0; c < kPerLane; ++c) outputs[r * Config::kOutputPitch + lane + 32 * c] = out[r][c];
   __syncthreads();
   const bool partial = mine.size < units.count;
-  finish_rows<Config>(a, a, sequence, batch, head, first_row, first_row + rows,
-                      partial ? std::int64_t{blockIdx.x} * kRows : -1, shared);
+  finish_rows<Config>(a, sequence.query_start, batch, head, first_row, first_row + rows,
+                      partial ? std::int64_t{blockIdx.x} * kRows : -1, 0,
+                      reinterpret_cast<const PartialState*>(shared + Config::kStateOffset),
+                      reinterpret_cast<const float*>(shared + Config::kOutputOffset));
 }
 
 template <DType kStorage>

@@ -17,13 +17,22 @@ ONEPASS_DEVICE void allow_next_grid() {
 #endif
 }
 
+// Brings a line of 128 bytes into the second-level cache, where later writes to it are seen: a hint at any time.
+ONEPASS_DEVICE void prefetch_line(const void* source) { asm volatile("prefetch.global.L2 [%0];" ::"l"(source)); }
+
+// An index from the second-level cache: unlike an ordinary load, one before wait_for_previous_grid() leaves nothing
+// stale in the first-level cache.
+ONEPASS_DEVICE int load_index(const std::int32_t* source) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(source) : "memory");
+  return value;
+}
+
 static __device__ const uint4 zero_bytes = {0, 0, 0, 0};
 
-// Loads kBytes (8 or 16) that are read once; zeros instead of what is not valid. Not a predicated load, whose result
-// would have to be zeroed first, which costs moves that wait for the loads.
+// Loads kBytes (8 or 16) that are read once.
 template <int kBytes>
-ONEPASS_DEVICE void load_streamed(uint4& value, const void* source, bool valid) {
-  source = valid ? source : &zero_bytes;
+ONEPASS_DEVICE void load_streamed(uint4& value, const void* source) {
   if constexpr (kBytes == 16) {
     asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -33,6 +42,12 @@ ONEPASS_DEVICE void load_streamed(uint4& value, const void* source, bool valid) 
                  : "=r"(value.x), "=r"(value.y)
                  : "l"(source));
   }
+}
+// Zeros instead of what is not valid. Not a predicated load, whose result would have to be zeroed first, which costs
+// moves that wait for the loads.
+template <int kBytes>
+ONEPASS_DEVICE void load_streamed(uint4& value, const void* source, bool valid) {
+  load_streamed<kBytes>(value, valid ? source : &zero_bytes);
 }
 
 // The transpose of an 8×8 matrix of 16-bit elements; lane l holds elements 2(l%4) and 2(l%4)+1 of row l/4.

@@ -18,37 +18,6 @@ ONEPASS_DEVICE RowPlace place_of(const DecodeArguments& a, int head_kv, int row)
   return {query, head_kv * a.group_size + row - query * a.group_size};
 }
 
-// The arguments of a call that the host found to be plain, with constants in place of options, so that the compiler
-// drops what they need.
-ONEPASS_DEVICE DecodeArguments plain_arguments(const DecodeArguments& arguments) {
-  DecodeArguments a = arguments;
-  Problem& p = a.problem.attention;
-  p.cu_seqlens_q = nullptr;
-  p.sinks = nullptr;
-  p.alibi_slopes = nullptr;
-  p.softcap = 0.0;
-  a.has_terms = false;
-  a.problem.cache.first_key = nullptr;
-  a.problem.cache.batch_index = nullptr;
-  a.problem.rotary.cos = nullptr;
-  a.problem.pending = {};
-  a.window_left = kUnboundedTokens;
-  a.parts = 0;
-  a.vectorized_out = true;
-  return a;
-}
-
-template <bool kPlain>
-using ArgumentView = std::conditional_t<kPlain, DecodeArguments, const DecodeArguments&>;
-template <bool kPlain>
-ONEPASS_DEVICE ArgumentView<kPlain> view_of(const DecodeArguments& arguments) {
-  if constexpr (kPlain) {
-    return plain_arguments(arguments);
-  } else {
-    return arguments;
-  }
-}
-
 // Of one row, in shared memory.
 struct RowTerms {
   float factor;    // of the product with the stored key: to log2 units, or to natural ones where terms follow
@@ -71,9 +40,12 @@ ONEPASS_DEVICE float with_terms(const Problem& p, const RowTerms& row, int key, 
 
 ONEPASS_DEVICE RowTerms row_terms(const DecodeArguments& a, const DeviceSequence& sequence, int batch, RowPlace place,
                                   float factor) {
-  const Problem& p = a.problem.attention;
   const Range keys = visible_keys(a, sequence, place.query);
-  const float slope = p.alibi_slopes != nullptr ? p.alibi_slopes[batch * p.alibi_batch_stride + place.head] : 0.0f;
+  float slope = 0.0f;
+  if (a.has_terms && a.problem.attention.alibi_slopes != nullptr) {
+    const Problem& p = a.problem.attention;
+    slope = p.alibi_slopes[batch * p.alibi_batch_stride + place.head];
+  }
   return {factor * (a.has_terms ? 1.0f : kLog2e), slope, place.query + sequence.diagonal, keys.begin, keys.end};
 }
 
@@ -106,31 +78,32 @@ ONEPASS_DEVICE void store_element(void* data, DType dtype, std::int64_t index, f
   }
 }
 
-// Channels [d, d + 4) of an output row.
+// Channels [d, d + 4) of an output row. kPlain: see is_plain().
+template <bool kPlain = false>
 ONEPASS_DEVICE void store_output(const DecodeArguments& a, int batch, int head, std::int64_t token, int d, float4 x) {
-  const Problem& p = a.problem.attention;
-  const std::int64_t index = batch * p.out.batch_stride + head * p.out.head_stride + token * p.out.token_stride + d;
-  if (d + 4 <= p.head_dim_v && a.vectorized_out) {
-    if (p.dtype == DType::kFloat32) {
-      *reinterpret_cast<float4*>(static_cast<float*>(p.out.data) + index) = x;
+  const std::int64_t index = batch * a.out.batch_stride + head * a.out.head_stride + token * a.out.token_stride + d;
+  if (kPlain || (d + 4 <= a.head_dim_v && a.vectorized_out)) {
+    if (!kPlain && a.dtype == DType::kFloat32) {
+      *reinterpret_cast<float4*>(static_cast<float*>(a.out.data) + index) = x;
     } else {
-      const bool half = p.dtype == DType::kFloat16;
+      const bool half = a.dtype == DType::kFloat16;
       const uint2 packed{half ? pack<__half>(x.x, x.y) : pack<__nv_bfloat16>(x.x, x.y),
                          half ? pack<__half>(x.z, x.w) : pack<__nv_bfloat16>(x.z, x.w)};
-      *reinterpret_cast<uint2*>(static_cast<__half*>(p.out.data) + index) = packed;
+      *reinterpret_cast<uint2*>(static_cast<__half*>(a.out.data) + index) = packed;
     }
     return;
   }
   const float elements[] = {x.x, x.y, x.z, x.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (d + i < p.head_dim_v) store_element(p.out.data, p.dtype, index + i, elements[i]);
+    if (d + i < a.head_dim_v) store_element(a.out.data, a.dtype, index + i, elements[i]);
   }
 }
 
-ONEPASS_DEVICE RowEnd end_of(const PartialState& row, const Problem& p, int head) {
+ONEPASS_DEVICE RowEnd end_of(const PartialState& row, const DecodeArguments& a, int head) {
   const bool none = row.largest == -kInfinity;  // a row of NaNs has a sum, but no maximum
-  return finish_row(p, head, none ? 0.0f : row.largest, 1.0f, kLn2, false, row.rounded, row.sum, none, 1.0f);
+  return finish_row(a.sinks, a.sinks_dtype, head, none ? 0.0f : row.largest, 1.0f, kLn2, false, row.rounded, row.sum,
+                    none, 1.0f);
 }
 
 // Takes one more part into a row; the factors of the output so far and of the part's.
@@ -169,21 +142,32 @@ ONEPASS_DEVICE float stored_element(const void* data, DType dtype, std::int64_t 
   }
 }
 
-// Adds to an output row, which the calling warp has written, the infinities and NaNs among the values that it sees.
-// Integers have none: their scales do, and those are never left out.
-static __device__ __noinline__ void restore_values(const DecodeArguments& a, const DeviceSequence& sequence, int batch,
-                                                   int head_kv, RowPlace place) {
+// Adds to row pair_row of a pair, which the calling warp has written, the infinities and NaNs among the values that it
+// sees, as they were left out: as stored, or after the scale and the conversion to the queries' type.
+static __device__ __noinline__ void restore_values(const DecodeArguments& a, int batch, int head_kv, int pair_row,
+                                                   bool converted) {
+  const DeviceSequence sequence = cached_sequence(a, batch);
+  const RowPlace place = place_of(a, head_kv, pair_row);
   const Problem& p = a.problem.attention;
   const KVStorage& cache = a.problem.cache;
   const Range keys = visible_keys(a, sequence, place.query);
   const std::int64_t row = batch * p.out.batch_stride + place.head * p.out.head_stride +
                            (sequence.query_start + place.query) * p.out.token_stride;
+  const bool grouped = cache.granularity == ScaleGranularity::kGroup;
   for (int d = threadIdx.x % 32; d < p.head_dim_v; d += 32) {
     float sum = load_as_float(p.out.data, p.dtype, row + d);
     for (int key = keys.begin; key < keys.end; ++key) {
       const TokenSlot slot = slot_of(cache, a.block_tokens, batch, key);
       if (slot.block < 0) continue;
-      const float value = stored_element(cache.v.data, cache.dtype, offset_in(cache.v, slot, head_kv) + d);
+      float value = stored_element(cache.v.data, cache.dtype, offset_in(cache.v, slot, head_kv) + d);
+      if (converted) {
+        if (cache.v_scale.data != nullptr) {
+          const int group = grouped ? d / static_cast<int>(cache.group_channels) : 0;
+          value *= cache.v_scale.data[offset_in(cache.v_scale, slot, head_kv) + group];
+        }
+        if (p.dtype == DType::kFloat16) value = to_float(from_float<__half>(value));
+        if (p.dtype == DType::kBFloat16) value = to_float(from_float<__nv_bfloat16>(value));
+      }
       if (!(fabsf(value) < kInfinity)) sum += value;
     }
     store_element(p.out.data, p.dtype, row + d, sum);

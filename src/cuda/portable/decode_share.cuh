@@ -13,17 +13,31 @@ struct PairUnits {
 
 // Of rows [first_row, first_row + a.rows). No units: no such rows, or another kernel's sequence. Rows that see nothing
 // have one unit, so that somebody writes them.
-ONEPASS_DEVICE PairUnits units_of(const DecodeArguments& a, const DeviceSequence& sequence, int first_row) {
+ONEPASS_DEVICE PairUnits units_of(const DecodeArguments& a, const DeviceSequence& sequence, int first_row,
+                                  int unit_tokens) {
   const int rows = sequence.seqlen_q * a.group_size;
   if (first_row >= rows || rows > a.max_rows) return {{0, 0}, 0, 0};
   const int last_row = min(first_row + a.rows, rows) - 1;
   const Range keys = tile_keys(a, sequence, a.group(first_row), a.group(last_row)).any;
   if (keys.begin >= keys.end) return {{0, 0}, 0, 1};
-  const int first = keys.begin / a.unit_tokens;
-  return {keys, first, (keys.end + a.unit_tokens - 1) / a.unit_tokens - first};
+  const int first = keys.begin / unit_tokens;
+  return {keys, first, (keys.end + unit_tokens - 1) / unit_tokens - first};
 }
+// Of all rows, which fill at most one block of them.
+template <class Config>
+ONEPASS_DEVICE PairUnits units_of(const DecodeArguments& a, const DeviceSequence& sequence) {
+  const int rows = sequence.seqlen_q * a.group_size;
+  if constexpr (!Config::kPlain) {
+    if (rows == 0 || rows > a.max_rows) return {{0, 0}, 0, 0};
+  }
+  const Range keys = tile_keys(a, sequence, 0, sequence.seqlen_q - 1).any;
+  if (keys.begin >= keys.end) return {{0, 0}, 0, 1};
+  const int first = keys.begin / Config::kTokens;
+  return {keys, first, (keys.end + Config::kTokens - 1) / Config::kTokens - first};
+}
+template <class Config>
 ONEPASS_DEVICE PairUnits units_of(const DecodeArguments& a, int batch) {
-  return units_of(a, cached_sequence(a, batch), 0);
+  return units_of<Config>(a, cached_sequence<Config::kPlain>(a, batch));
 }
 
 // Units [begin, begin + size) of a pair's are part `part` of `parts`; parts without units are left out everywhere.
@@ -38,83 +52,98 @@ ONEPASS_DEVICE Part part_of(std::int64_t count, int part, int parts) {
 // A place in the line of units, and how many units from there on are this block's.
 struct Share {
   int batch = 0, head = 0, unit = 0, left = 0;
+  int size = 0;                     // of every share
   PairUnits pair = {{0, 0}, 0, 0};  // of the first pair
+  DeviceSequence sequence = {};     // plain calls: its sequence
 };
 
 // The part of a block that has one part of one pair.
+template <class Config>
 ONEPASS_DEVICE Share fixed_share(const DecodeArguments& a) {
   const int pair = blockIdx.x / a.parts, part = blockIdx.x % a.parts;
-  const int heads = static_cast<int>(a.problem.cache.num_heads_kv);
-  const PairUnits units = units_of(a, pair / heads);
+  const PairUnits units = units_of<Config>(a, pair / a.heads_kv);
   const Part mine = part_of(units.count, part, a.parts);
-  return {pair / heads, pair % heads, mine.begin, mine.size, units};
+  return {pair / a.heads_kv, pair % a.heads_kv, mine.begin, mine.size, 0, units, {}};
 }
 
-// Of the 32 sequences from `first` on, one a lane: units, and those of the sequences before it among the 32.
-struct Scan {
-  PairUnits pair;
-  int start, end, total;
-};
-ONEPASS_DEVICE Scan scan_units(const DecodeArguments& a, int first) {
-  const int lane = threadIdx.x % 32, batch = first + lane;
-  const int heads = static_cast<int>(a.problem.cache.num_heads_kv);
-  Scan scan{{{0, 0}, 0, 0}, 0, 0, 0};
-  if (batch < a.problem.attention.batch) scan.pair = units_of(a, batch);
-  const int units = scan.pair.count * heads;
-  scan.end = units;
-  if (a.problem.attention.batch > 1) {
-#pragma unroll
-    for (int apart = 1; apart < 32; apart *= 2) {
-      const int before = __shfl_up_sync(~0u, scan.end, apart);
-      if (lane >= apart) scan.end += before;
-    }
-  }
-  scan.start = scan.end - units;
-  scan.total = __shfl_sync(~0u, scan.end, a.problem.attention.batch > 1 ? 31 : 0);
-  return scan;
-}
-
-// Equal shares of the line, in order, of at least `smallest` units; every warp works it out for itself. Block 0 leaves
-// where the sequences start for the kernel that merges.
-ONEPASS_DEVICE Share equal_share(const DecodeArguments& a, int smallest) {
-  const int batches = static_cast<int>(a.problem.attention.batch), lane = threadIdx.x % 32;
-  const bool leaves_starts = blockIdx.x == 0 && threadIdx.x < 32;
+// Equal shares of the line, in order; every warp works it out for itself. In plain calls a lane has up to four
+// sequences 32 apart, so that 128 of them cost one wait for memory.
+template <class Config>
+ONEPASS_DEVICE Share equal_share(const DecodeArguments& a) {
+  constexpr int kEach = Config::kPlain ? 4 : 1, kAtOnce = 32 * kEach;
+  const int lane = threadIdx.x % 32;
   int total = 0, size = 0, begin = 0, before = 0;
-  bool counted = false;  // first all units, then, in a second pass where 32 lanes were too few, the share's begin
-  Scan scan;
+  bool counted = false;  // first all units, then, in a second pass where the lanes were too few, the share's begin
+  DeviceSequence sequences[kEach];
+  int ends[kEach], units[kEach];  // of the sequences up to a lane's, from the first of these 32 on; of its own
+  int sums[kEach + 1] = {};       // of the 32s before
   int first = 0;
 #pragma unroll 1
-  for (;; first += 32) {
-    scan = scan_units(a, first);
+  for (;; first += kAtOnce) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (i > 0 && first + 32 * i >= a.batch) break;
+      sequences[i] = cached_sequence<Config::kPlain>(a, min(first + 32 * i + lane, a.batch - 1));
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      ends[i] = units[i] = 0;
+      sums[i + 1] = sums[i];
+      if (i > 0 && first + 32 * i >= a.batch) continue;
+      if (first + 32 * i + lane < a.batch) units[i] = units_of<Config>(a, sequences[i]).count * a.heads_kv;
+      ends[i] = units[i];
+      if (a.batch > 1) {
+#pragma unroll
+        for (int apart = 1; apart < 32; apart *= 2) {
+          const int others = __shfl_up_sync(~0u, ends[i], apart);
+          if (lane >= apart) ends[i] += others;
+        }
+      }
+      sums[i + 1] += __shfl_sync(~0u, ends[i], a.batch > 1 ? 31 : 0);
+    }
     if (!counted) {
-      if (leaves_starts && first + lane < batches) a.starts[first + lane] = total + scan.start;
-      total += scan.total;
-      if (first + 32 < batches) continue;
+      total += sums[kEach];
+      if (first + kAtOnce < a.batch) continue;
       counted = true;
-      size = max((total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x), smallest);
-      if (leaves_starts && lane == 0) a.starts[batches] = total, a.starts[batches + 1] = size;
+      size = max(a.grid(total + static_cast<int>(gridDim.x) - 1), 1);
       const std::int64_t begin64 = std::int64_t{blockIdx.x} * size;
       if (begin64 >= total) return {};
       begin = static_cast<int>(begin64);
-      if (batches > 32) {
-        first = -32;
+      if (a.batch > kAtOnce) {
+        first = -kAtOnce;
         continue;
       }
     }
-    if (begin < before + scan.total) break;
-    before += scan.total;
+    if (begin < before + sums[kEach]) break;
+    before += sums[kEach];
   }
-  const std::uint32_t behind = __ballot_sync(~0u, begin < before + scan.end);
+  int index = 0, end = ends[0], mine = units[0], sum = 0;
+  DeviceSequence sequence = sequences[0];
+#pragma unroll
+  for (int i = 1; i < kEach; ++i) {
+    if (begin < before + sums[i] || first + 32 * i >= a.batch) break;
+    index = i, end = ends[i], mine = units[i], sum = sums[i];
+    sequence = sequences[i];
+  }
+  int inside = begin - before - sum;
+  const std::uint32_t behind = __ballot_sync(~0u, inside < end);
   const int owner = __ffs(static_cast<int>(behind)) - 1;  // the first lane whose sequence ends behind the share's begin
+  inside -= __shfl_sync(~0u, end - mine, owner);
   Share share;
-  share.pair = {{__shfl_sync(~0u, scan.pair.keys.begin, owner), __shfl_sync(~0u, scan.pair.keys.end, owner)},
-                __shfl_sync(~0u, scan.pair.first, owner),
-                __shfl_sync(~0u, scan.pair.count, owner)};
-  const int inside = begin - before - __shfl_sync(~0u, scan.start, owner);
-  share.batch = first + owner;
+  share.batch = first + 32 * index + owner;
+  if constexpr (Config::kPlain) {
+    sequence.seqlen_k = sequence.key_end = __shfl_sync(~0u, sequence.seqlen_k, owner);
+    sequence.key_begin = __shfl_sync(~0u, sequence.key_begin, owner);
+    sequence.diagonal = sequence.seqlen_k - sequence.seqlen_q;
+    share.pair = units_of<Config>(a, sequence);
+    share.sequence = sequence;
+  } else {
+    share.pair = units_of<Config>(a, share.batch);
+  }
   share.head = inside / share.pair.count;
   share.unit = inside - share.head * share.pair.count;
   share.left = min(size, total - begin);
+  share.size = size;
   return share;
 }
 

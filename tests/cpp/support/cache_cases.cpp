@@ -2,6 +2,18 @@
 
 namespace onepass::test {
 
+namespace {
+
+// Lengths from 0 to 40, in no order.
+std::vector<std::int64_t> short_lengths(std::int64_t count) {
+  std::vector<std::int64_t> lengths(count);
+  for (std::int64_t i = 0; i < count; ++i) lengths[i] = i * 29 % 41;
+  return lengths;
+}
+std::vector<std::int64_t> one_query_each(std::int64_t count) { return std::vector<std::int64_t>(count, 1); }
+
+}  // namespace
+
 const std::vector<CacheCase>& cache_cases() {
   const auto int8 = DType::kInt8, e4m3 = DType::kFloat8E4M3, e5m2 = DType::kFloat8E5M2;
   using enum ScaleGranularity;
@@ -23,6 +35,28 @@ const std::vector<CacheCase>& cache_cases() {
        .lengths = {1500, 3},
        .queries = {1, 1},
        .capacity = 1600},
+      // Shares of a block over pairs, sequences and rounds of 32 and 128 of them.
+      {.name = "decode_one_pair",
+       .num_heads = 1,
+       .num_heads_kv = 1,
+       .head_dim = 128,
+       .lengths = {3001},
+       .queries = {1},
+       .capacity = 3072},
+      {.name = "decode_40_sequences", .lengths = short_lengths(40), .queries = one_query_each(40), .capacity = 48},
+      {.name = "decode_300_sequences",
+       .num_heads = 2,
+       .num_heads_kv = 1,
+       .lengths = short_lengths(300),
+       .queries = one_query_each(300),
+       .capacity = 48},
+      {.name = "packed_70_sequences",
+       .lengths = short_lengths(70),
+       .queries = one_query_each(70),
+       .packed = true,
+       .capacity = 48},
+      {.name = "decode_sinks", .sinks = true},
+      {.name = "decode_window_first_key_paged_32", .page_size = 32, .first_key = {5, 0, 60}, .left = 50},
       {.name = "decode_empty_sequences", .lengths = {0, 33, 0}},
       {.name = "decode_no_tokens", .lengths = {0, 0, 0}},
       {.name = "decode_batch_index", .batch_index = true},
@@ -45,6 +79,10 @@ const std::vector<CacheCase>& cache_cases() {
       {.name = "paged_first_key_window", .page_size = 7, .first_key = {30, 0, 60}, .left = 50},
       {.name = "speculative", .queries = {4, 4, 4}},
       {.name = "speculative_group_8", .num_heads = 8, .num_heads_kv = 1, .queries = {5, 5, 5}, .page_size = 16},
+      {.name = "speculative_16_rows", .num_heads = 8, .head_dim = 128, .queries = {4, 4, 4}},
+      {.name = "speculative_32_rows", .num_heads = 8, .head_dim = 128, .queries = {8, 8, 8}, .page_size = 64},
+      {.name = "speculative_32_rows_window", .num_heads = 8, .head_dim = 128, .queries = {8, 8, 8}, .left = 30},
+      {.name = "speculative_dim_256", .num_heads = 8, .head_dim = 256, .queries = {4, 4, 4}, .first_key = {9, 0, 3}},
       {.name = "speculative_not_causal", .queries = {3, 3, 3}, .causal = false},
       {.name = "speculative_window", .queries = {6, 6, 6}, .left = 9, .alibi = AlibiKind::kPerHead},
       {.name = "more_queries_than_keys", .lengths = {3, 0, 9}, .queries = {6, 6, 6}},
@@ -142,6 +180,19 @@ const std::vector<CacheCase>& cache_cases() {
        .storage = int8,
        .granularity = kGroup,
        .scale_group = 40},
+      {.name = "int8_head_16_rows",
+       .num_heads = 8,
+       .head_dim = 128,
+       .queries = {4, 4, 4},
+       .storage = int8,
+       .granularity = kHead},
+      {.name = "int8_head_32_rows",
+       .num_heads = 8,
+       .head_dim = 128,
+       .queries = {8, 8, 8},
+       .storage = int8,
+       .granularity = kHead},
+      {.name = "int8_head_paged_32", .head_dim = 128, .page_size = 32, .storage = int8, .granularity = kHead},
       {.name = "int8_token_paged", .page_size = 16, .storage = int8, .granularity = kToken},
       {.name = "int8_group_paged_token_major",
        .page_size = 16,
@@ -158,6 +209,8 @@ const std::vector<CacheCase>& cache_cases() {
        .scale_group = 8},
       {.name = "e4m3", .storage = e4m3},
       {.name = "e4m3_tensor_group_4", .num_heads = 8, .storage = e4m3, .granularity = kTensor},
+      {.name = "e4m3_32_rows", .num_heads = 8, .head_dim = 128, .queries = {8, 8, 8}, .storage = e4m3},
+      {.name = "e4m3_dim_256", .num_heads = 4, .head_dim = 256, .storage = e4m3, .granularity = kTensor},
       {.name = "e4m3_odd", .head_dim = 37, .storage = e4m3},
       {.name = "e4m3_prefill_paged", .lengths = {150, 97}, .queries = {70, 70}, .page_size = 16, .storage = e4m3},
       {.name = "e5m2", .storage = e5m2},
