@@ -251,8 +251,7 @@ class Consumer {
     const bool bad[2] = {Config::kTerms || (notes_ & kBad) != 0, Config::kTerms || (notes_ & kBad << 1) != 0};
     update_max<kKeys>(s_, state_, {all_rows || bad[0], all_rows || bad[1]}, alpha, unit_);
     subtract<kKeys>(s_, {bad[0] ? state_.max[0] : 0.0f, bad[1] ? state_.max[1] : 0.0f});
-    exponentiate<kKeys>(s_, {bad[0] ? 0.0f : state_.max[0] * unit_, bad[1] ? 0.0f : state_.max[1] * unit_}, sum,
-                         unit_);
+    exponentiate<kKeys>(s_, {bad[0] ? 0.0f : state_.max[0] * unit_, bad[1] ? 0.0f : state_.max[1] * unit_}, sum, unit_);
   }
 
   // ---- extra score terms --------------------------------------------------------------------------------------------
@@ -274,9 +273,9 @@ class Consumer {
   ONEPASS_DEVICE void drop(int start) {
     const Tile tile = this->tile();
     for_each_dropout<1, kKeys / 8>(dropout_rule(problem_, tile.batch, tile.head), element_at(tile, start),
-                                    [this](int, int c, int e, bool survives) {
-                                      if (!survives) s_[4 * c + e] = 0.0f;
-                                    });
+                                   [this](int, int c, int e, bool survives) {
+                                     if (!survives) s_[4 * c + e] = 0.0f;
+                                   });
   }
 
   // ---- slots --------------------------------------------------------------------------------------------------------

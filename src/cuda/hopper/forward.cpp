@@ -7,36 +7,21 @@
 #include "core/parallel.h"
 #include "core/piecewise.h"
 #include "core/with_lse.h"
-#include "cuda/device.h"
 #include "cuda/hopper/kernels.h"
-#include "cuda/hopper/tensor_map.h"
+#include "cuda/hopper/limits.h"
 #include "cuda/hopper/total_attention.h"
-#include "cuda/portable/head_dims.h"
 #include "cuda/portable/ragged.h"
 
 namespace onepass::cuda::hopper {
 namespace {
 
-constexpr std::int64_t kMaxTokens = std::int64_t{1} << 28;  // positions and window sums stay within int32
-constexpr std::int64_t kSectionBytes = 32 << 20;            // K and V of a section of heads: about half the L2
+constexpr std::int64_t kSectionBytes = 32 << 20;  // K and V of a section of heads: about half the L2
 // Beyond it, both pairs' queries leave too little shared memory for the ring.
 constexpr std::int64_t kMaxPiecewiseHeadDim = std::min<std::int64_t>(128, kHeadDims.back());
 
-OperandShape query_shape(const Problem& p, std::int64_t dim) {
-  return {dim, p.ragged() ? p.total_q : p.seqlen_q, p.num_heads, p.ragged() ? 1 : p.batch};
-}
-OperandShape key_shape(const Problem& p, std::int64_t dim) {
-  return {dim, p.ragged() ? p.total_k : p.seqlen_k, p.num_heads_kv, p.ragged() ? 1 : p.batch};
-}
+bool has_terms(const Problem& p) { return has_score_terms(p) || p.dropout_p > 0.0; }
 
-bool has_terms(const Problem& p) {
-  return p.softcap > 0.0 || p.alibi_slopes != nullptr || p.bias || p.dropout_p > 0.0 || !(p.softmax_scale > 1e-20f);
-}
-
-template <int kHeadDim>
-constexpr bool kCompiled = std::find(kHeadDims.begin(), kHeadDims.end(), kHeadDim) != kHeadDims.end();
-
-// Head dims up to kHeadDim, where this build has kernels for it.
+// The smallest kernels of this build that hold both head dims.
 const ForwardKernel& choose_kernel(const Problem& p, bool piecewise) {
   const std::int64_t dim = std::max(p.head_dim, p.head_dim_v);
   if constexpr (kCompiled<64>) {
@@ -50,8 +35,7 @@ const ForwardKernel& choose_kernel(const Problem& p, bool piecewise) {
     const ForwardPair& plain = dim <= 192 ? kForward192 : kForward256;
     if (!piecewise) return (has_terms(p) ? kForward256Terms : plain).of(p.dtype);
   }
-  throw Error(ErrorCode::kUnsupported, std::string(p.operation) + ": head_dim: got " + std::to_string(dim) +
-                                           "; need a head_dim with kernels in this build");
+  throw_no_kernel(p, dim);
 }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -152,21 +136,9 @@ void attend(const Problem& problem, const PiecewiseProblem* piecewise, const Exe
 }  // namespace
 
 Unsupported supports_forward(const Problem& p) {
-  if (device_info(p.device.index).compute_capability != 90) return "a device that is not sm_90";
-  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return std::string(name_of(p.dtype)) + " tensors";
-  if (std::max(p.head_dim, p.head_dim_v) > kHeadDims.back()) {
-    return "head_dim above " + std::to_string(kHeadDims.back());
-  }
-  if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) return "head_dim that is no multiple of 8";
-  if (p.head_dim == 0 || p.head_dim_v == 0 || p.batch == 0 || p.num_heads == 0) return "an empty dimension";
-  if (p.total_q == 0 || p.total_k == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "an empty dimension";
-  if (std::max({p.seqlen_q, p.seqlen_k, p.total_q / 4, p.total_k / 4}) > kMaxTokens) return "more than 2^28 tokens";
+  if (auto reason = rejects_queries_and_keys(p)) return reason;
+  if (auto reason = rejects_head_dim(p.head_dim_v)) return reason;
   if (p.window_left > kMaxTokens || p.window_right > kMaxTokens) return "a window beyond 2^28";
-  if (p.total_attention) {
-    if (auto reason = supports_total_attention(p)) return reason;
-  }
-  if (auto reason = tma_rejects("q", p.q, query_shape(p, p.head_dim))) return reason;
-  if (auto reason = tma_rejects("k", p.k, key_shape(p, p.head_dim))) return reason;
   if (auto reason = tma_rejects("v", p.v, key_shape(p, p.head_dim_v))) return reason;
   if (reinterpret_cast<std::uintptr_t>(p.out.data) % 4 != 0 ||
       (p.out.token_stride | p.out.head_stride | p.out.batch_stride) % 2 != 0) {

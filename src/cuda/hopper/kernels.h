@@ -17,8 +17,8 @@ using ForwardFunction = void (*)(TensorMaps, Problem, Plan);
 
 struct ForwardKernel {
   ForwardFunction function;
-  int rows;      // queries of a tile
-  int keys;      // keys of a block
+  int rows;  // queries of a tile
+  int keys;  // keys of a block
   int threads;
   int shared_memory;  // bytes
 };

@@ -12,7 +12,8 @@ ONEPASS_DEVICE std::uint32_t columns_below(int end) {
   return count == 32 ? ~0u : (1u << count) - 1;
 }
 
-// Hides what the lane's rows, lane_row and lane_row + 8, do not see of the block's kKeys keys, which begin at key `start`.
+// Hides what the lane's rows, lane_row and lane_row + 8, do not see of the block's kKeys keys, which begin at key
+// `start`.
 template <int kKeys, int R>
 ONEPASS_DEVICE void mask_block(float (&s)[R], const Window& window, const Tile& tile, int lane_row, int start) {
   static_assert(kKeys <= 128, "a bit for each column of a lane");

@@ -1,5 +1,5 @@
-// cuda/hopper/producer.cuh: what keeps the consumers busy, a warp each: one draws and decodes tiles, one hands them over
-// and loads their queries, one loads their blocks of keys and values. All loads are TMA's.
+// cuda/hopper/producer.cuh: what keeps the consumers busy, a warp each: one draws and decodes tiles, one hands them
+// over and loads their queries, one loads their blocks of keys and values. All loads are TMA's.
 #pragma once
 
 #include "cuda/hopper/kernels.h"
@@ -13,10 +13,7 @@ class Producer {
  public:
   ONEPASS_DEVICE Producer(const Problem& problem, const Plan& plan, const TensorMaps& maps,
                           const SharedLayout<Config>& shared)
-      : problem_(problem),
-        maps_(maps),
-        shared_(shared),
-        plan_(plan) {}
+      : problem_(problem), maps_(maps), shared_(shared), plan_(plan) {}
 
   // A whole warp. Decoding a tile takes as long as working through a short one.
   ONEPASS_DEVICE void draw_tiles() const {
@@ -62,7 +59,8 @@ class Producer {
         continue;
       }
       barrier_expect(full, Config::kQueryBytes);
-      load_rows<Config::kRows>(maps_.q, full, shared_.query(queries.slot), tile, tile.query_start + tile.row, tile.head);
+      load_rows<Config::kRows>(maps_.q, full, shared_.query(queries.slot), tile, tile.query_start + tile.row,
+                               tile.head);
       if constexpr (Config::kPiecewise) {
         load_rows<Config::kRows>(maps_.q_far, full, shared_.query(queries.slot) + Config::kFarQueryAt, tile,
                                  tile.query_start + tile.row, tile.head);

@@ -1,5 +1,5 @@
-// cuda/hopper/scheduler.cuh: which tile a CTA works on next. Tiles are drawn from a counter and decoded by a warp of the
-// producer; consumers read the result beside Q.
+// cuda/hopper/scheduler.cuh: which tile a CTA works on next. Tiles are drawn from a counter and decoded by a warp of
+// the producer; consumers read the result beside Q.
 #pragma once
 
 #include <climits>
@@ -120,8 +120,8 @@ class TileStream {
     const int row_tiles = (static_cast<int>(problem_.seqlen_q) + Config::kRows - 1) / Config::kRows;
     const int heads = static_cast<int>(problem_.num_heads);
     Tile tile;
-    const int plane = place(tile, index_, row_tiles, static_cast<int>(problem_.batch) * heads,
-                            static_cast<int>(problem_.seqlen_k));
+    const int plane =
+        place(tile, index_, row_tiles, static_cast<int>(problem_.batch) * heads, static_cast<int>(problem_.seqlen_k));
     tile.batch = plane / heads;
     tile.head = plane - tile.batch * heads;
     finish(address, tile, device_sequence(problem_, tile.batch));

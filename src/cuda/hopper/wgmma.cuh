@@ -44,62 +44,49 @@ struct Wgmma;
 #define OP_D32(b) OP_D16(b), OP_D16(b + 16)
 #define OP_TEXT_16 OP_TEXT_10() ", %10, %11, %12, %13, %14, %15"
 #define OP_TEXT_20 OP_TEXT_10() ", " OP_TEXT_10(1)
-#define OP_TEXT_24 OP_TEXT_20 ", %20, %21, %22, %23"
 #define OP_TEXT_30 OP_TEXT_20 ", " OP_TEXT_10(2)
 #define OP_TEXT_32 OP_TEXT_30 ", %30, %31"
 #define OP_TEXT_40 OP_TEXT_30 ", " OP_TEXT_10(3)
 #define OP_TEXT_48 OP_TEXT_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define OP_TEXT_56 OP_TEXT_40 ", " OP_TEXT_10(4) ", %50, %51, %52, %53, %54, %55"
 #define OP_TEXT_60 OP_TEXT_40 ", " OP_TEXT_10(4) ", " OP_TEXT_10(5)
 #define OP_TEXT_64 OP_TEXT_60 ", %60, %61, %62, %63"
-#define OP_TEXT_88 OP_TEXT_60 ", " OP_TEXT_10(6) ", " OP_TEXT_10(7) ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define OP_TEXT_90 OP_TEXT_60 ", " OP_TEXT_10(6) ", " OP_TEXT_10(7) ", " OP_TEXT_10(8)
 #define OP_TEXT_96 OP_TEXT_90 ", %90, %91, %92, %93, %94, %95"
 #define OP_TEXT_128 \
   OP_TEXT_90 ", " OP_TEXT_10(9) ", " OP_TEXT_10(10) ", " OP_TEXT_10(11) ", %120, %121, %122, %123, %124, %125, " \
              "%126, %127"
 #define OP_OPERANDS_16 OP_D16(0)
-#define OP_OPERANDS_20 OP_D16(0), OP_D4(16)
-#define OP_OPERANDS_24 OP_D16(0), OP_D8(16)
 #define OP_OPERANDS_32 OP_D32(0)
 #define OP_OPERANDS_40 OP_D32(0), OP_D8(32)
 #define OP_OPERANDS_48 OP_D32(0), OP_D16(32)
-#define OP_OPERANDS_56 OP_D32(0), OP_D16(32), OP_D8(48)
 #define OP_OPERANDS_64 OP_D32(0), OP_D32(32)
-#define OP_OPERANDS_88 OP_D32(0), OP_D32(32), OP_D16(64), OP_D8(80)
 #define OP_OPERANDS_96 OP_D32(0), OP_D32(32), OP_D32(64)
 #define OP_OPERANDS_128 OP_D32(0), OP_D32(32), OP_D32(64), OP_D32(96)
 
 // R: registers of D = N/2; the numbers after it are the operands' positions behind D.
-#define OP_WGMMA(TYPE, PTX, N, R, I0, I1, I2, I3, I4, I5)                                                        \
-  template <>                                                                                                    \
-  struct Wgmma<TYPE, N> {                                                                                        \
-    template <int M>                                                                                             \
-    static ONEPASS_DEVICE void ss(float (&d)[M], std::uint64_t a, std::uint64_t b, int accumulate) {             \
-      static_assert(M >= R);                                                                                     \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N         \
-                   "k16.f32." PTX "." PTX " {" OP_TEXT_##R "}, %" #I0 ", %" #I1 ", p, 1, 1, 0, 0;\n}\n"          \
-                   : OP_OPERANDS_##R                                                                             \
-                   : "l"(a), "l"(b), "r"(accumulate));                                                           \
-    }                                                                                                            \
-    template <int M>                                                                                             \
-    static ONEPASS_DEVICE void rs(float (&d)[M], const std::uint32_t* a, std::uint64_t b, int accumulate) {      \
-      static_assert(M >= R);                                                                                     \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N         \
-                   "k16.f32." PTX "." PTX " {" OP_TEXT_##R "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4  \
-                                                           ", p, 1, 1, 1;\n}\n"                                  \
-                   : OP_OPERANDS_##R                                                                             \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                       \
-    }                                                                                                            \
-    template <int M>                                                                                             \
-    static ONEPASS_DEVICE void rs_rows(float (&d)[M], const std::uint32_t* a, std::uint64_t b, int accumulate) { \
-      static_assert(M >= R);                                                                                     \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N         \
-                   "k16.f32." PTX "." PTX " {" OP_TEXT_##R "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4  \
-                                                           ", p, 1, 1, 0;\n}\n"                                  \
-                   : OP_OPERANDS_##R                                                                             \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                       \
-    }                                                                                                            \
+#define OP_WGMMA_RS(NAME, MAJOR, PTX, N, R, I0, I1, I2, I3, I4, I5)                                                   \
+  template <int M>                                                                                                    \
+  static ONEPASS_DEVICE void NAME(float(&d)[M], const std::uint32_t* a, std::uint64_t b, int accumulate) {            \
+    static_assert(M >= R);                                                                                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX \
+                 "." PTX " {" OP_TEXT_##R "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", p, 1, 1, " MAJOR    \
+                                          ";\n}\n"                                                                    \
+                 : OP_OPERANDS_##R                                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                              \
+  }
+#define OP_WGMMA(TYPE, PTX, N, R, I0, I1, I2, I3, I4, I5)                                                \
+  template <>                                                                                            \
+  struct Wgmma<TYPE, N> {                                                                                \
+    template <int M>                                                                                     \
+    static ONEPASS_DEVICE void ss(float (&d)[M], std::uint64_t a, std::uint64_t b, int accumulate) {     \
+      static_assert(M >= R);                                                                             \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+                   "k16.f32." PTX "." PTX " {" OP_TEXT_##R "}, %" #I0 ", %" #I1 ", p, 1, 1, 0, 0;\n}\n"  \
+                   : OP_OPERANDS_##R                                                                     \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                   \
+    }                                                                                                    \
+    OP_WGMMA_RS(rs, "1", PTX, N, R, I0, I1, I2, I3, I4, I5)                                              \
+    OP_WGMMA_RS(rs_rows, "0", PTX, N, R, I0, I1, I2, I3, I4, I5)                                         \
   };
 
 #define OP_WGMMA_BOTH(N, R, ...)                     \
@@ -107,18 +94,15 @@ struct Wgmma;
   OP_WGMMA(__half, "f16", N, R, __VA_ARGS__)
 
 OP_WGMMA_BOTH(32, 16, 16, 17, 18, 19, 20, 21)
-OP_WGMMA_BOTH(40, 20, 20, 21, 22, 23, 24, 25)
-OP_WGMMA_BOTH(48, 24, 24, 25, 26, 27, 28, 29)
 OP_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
 OP_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44, 45)
 OP_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52, 53)
-OP_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60, 61)
 OP_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
-OP_WGMMA_BOTH(176, 88, 88, 89, 90, 91, 92, 93)
 OP_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101)
 OP_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
 
 #undef OP_WGMMA_BOTH
 #undef OP_WGMMA
+#undef OP_WGMMA_RS
 
 }  // namespace onepass::cuda::hopper
