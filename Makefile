@@ -4,6 +4,7 @@
 #   make bench   CPU benchmarks: JSON and charts in bench_output/
 #   make format  rewrite the sources in the project's style      make lint   check style, types, common mistakes
 #   make cuda    compile the CUDA backend (no GPU needed)         make clean  remove what was built
+#   make test-cuda    all GPU tests, on a machine with a GPU
 
 JOBS ?= $(shell nproc)
 DEMO ?=
@@ -18,7 +19,7 @@ nvcc = $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc)
 py_files := python tests examples bench tools/check-cuda
 cxx_files = $(shell git ls-files '*.h' '*.cpp' '*.c' '*.cu' '*.cuh')
 
-.PHONY: demo test test-cpp test-asan test-tsan test-python bench format lint cuda clean setup build
+.PHONY: demo test test-cpp test-asan test-tsan test-python test-cuda bench format lint cuda cuda-build clean setup build
 .DEFAULT_GOAL := build
 
 setup:
@@ -61,11 +62,19 @@ lint:
 	@.venv/bin/ruff check --quiet $(py_files)
 	@.venv/bin/mypy python/onepass
 
-cuda:
+cuda-build:
 	@tools/setup build cuda
 	@cmake --preset cuda $(cmake_flags) -DCMAKE_CUDA_COMPILER=$(nvcc) >/dev/null
 	@cmake --build --preset cuda -j $(JOBS)
+
+cuda: cuda-build
 	@tools/check-cuda build/cuda/libonepass.a
+
+# The C++ suite on every CUDA backend, the Python suite with CUDA tensors, and what only CUDA has.
+test-cuda: cuda-build
+	@tools/setup build test
+	@build/cuda/tests/cpp/onepass_tests --gtest_filter='*cuda_*:*hopper_*' --gtest_brief=1
+	@PYTHONPATH=python $(python) -m pytest -q -m cuda tests/python tests/cuda
 
 clean:
 	@rm -rf build dist demo_output bench_output python/onepass/lib/*.so
