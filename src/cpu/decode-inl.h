@@ -22,6 +22,10 @@ namespace onepass::cpu::HWY_NAMESPACE {
 // Keys of a block; blocks begin at multiples of it in the sequence, so that a row's bits depend on nothing else.
 inline constexpr std::int64_t kDecodeKeys = 64;
 
+// Keys whose scores are made before their values are read: the longer a stretch of memory, the better a processor
+// fetches it by itself.
+inline constexpr std::int64_t kSpanKeys = 256;
+
 // Rows that are converted at a time: few, so that they stay in L1 beside the rows fetched ahead.
 inline constexpr std::int64_t kConvertedKeys = 16, kConvertedValues = 32;
 

@@ -49,9 +49,8 @@ class DecodeProducts {
  protected:
   struct Block {
     typename CacheReader<T>::Block keys;
-    const T* const* k;
-    const T* const* v;
-    std::int64_t at;  // of its rows in the rings
+    const T* const* rows;  // of keys or of values
+    std::int64_t at;       // of these in their ring
     // A key that does not exist stands for its nearest, as its row does.
     std::int64_t key_at(std::int64_t i) const { return std::clamp(keys.first + i, keys.begin, keys.end - 1); }
   };
@@ -62,7 +61,7 @@ class DecodeProducts {
       if (k_.order == ChannelOrder::kBytes) {
         return with_byte_products([&](const auto& products) {
           for (std::int64_t first = 0; first < kDecodeKeys; first += kConvertedKeys) {
-            products.score(block.k + first, lines_ahead(k_, s_.k_rows, block.at + first), scores + first * kRows);
+            products.score(block.rows + first, lines_ahead(k_, s_.k_rows, block.at + first), scores + first * kRows);
           }
         });
       }
@@ -70,18 +69,19 @@ class DecodeProducts {
     if constexpr (kPairs) {
       if (k_.order == ChannelOrder::kPairs) {
         for (std::int64_t first = 0; first < kDecodeKeys; first += kConvertedKeys) {
-          pair_products().score(block.k + first, lines_ahead(k_, s_.k_rows, block.at + first), scores + first * kRows);
+          pair_products().score(block.rows + first, lines_ahead(k_, s_.k_rows, block.at + first),
+                                scores + first * kRows);
         }
         return;
       }
     }
     if constexpr (kRows == 1 && Unpack<T>::kFast) {
       if (k_.unpacked() &&
-          score_one_row<T>(block.k, kDecodeKeys, s_.q, k_.dim, lines_ahead(k_, s_.k_rows, block.at), scores))
+          score_one_row<T>(block.rows, kDecodeKeys, s_.q, k_.dim, lines_ahead(k_, s_.k_rows, block.at), scores))
         return;
     }
     for (std::int64_t first = 0; first < kDecodeKeys; first += kConvertedKeys) {
-      convert(k_, problem_.cache.k_scale, block.k, first, kConvertedKeys, s_.k_converted,
+      convert(k_, problem_.cache.k_scale, block.rows, first, kConvertedKeys, s_.k_converted,
               [&](std::int64_t i) { return block.key_at(i); });
       if constexpr (kRows == 1) {
         const float* rows[kConvertedKeys];

@@ -41,19 +41,36 @@ class DecodeTask : DecodeProducts<T, kRows> {
 
   using Products::read_row;
 
+  // Keys and values take turns a span at a time.
   void run() {
-    for_each_block(/*with_k=*/true, /*with_v=*/true, [&](const Block& block) {
-      score(block, s_.scores);
-      softmax(block.keys.first, s_.scores);
-      if (problem_.attention.dropout_p > 0) tile_.drop(block.keys.first, s_.scores);
-      add_values(block, s_.scores);
-    });
+    if (task_.begin >= task_.end) return;
+    HWY_ALIGN float largest[kLanes];
+    for (std::int64_t first = task_.begin / kDecodeKeys * kDecodeKeys; first < task_.end;) {
+      const KeyRange span{first, std::min((first / kSpanKeys + 1) * kSpanKeys, task_.end)};
+      float* scores = s_.scores;
+      std::fill_n(largest, kLanes, -kInfinity);
+      for_each_block<Side::kKeys>(span, [&](const Block& block) {
+        score(block, scores);
+        for (std::int64_t lane = 0; lane < kLanes; ++lane)
+          largest[lane] = std::max(largest[lane], s_.tile_maximum[lane]);
+        scores += kTileSize;
+      });
+      std::copy_n(largest, kLanes, s_.tile_maximum);
+      softmax(first, (scores - s_.scores) / kLanes, s_.scores);
+      scores = s_.scores;
+      for_each_block<Side::kValues>(span, [&](const Block& block) {
+        if (problem_.attention.dropout_p > 0) tile_.drop(block.keys.first, scores);
+        add_values(block, scores);
+        scores += kTileSize;
+      });
+      first = (first / kSpanKeys + 1) * kSpanKeys;
+    }
     join_sums();
   }
 
   // Scores of all blocks (decode_span keys × kRows), and the largest of each row.
   void run_scores(float* scores, float* maxima) {
-    for_each_block(true, false, [&](const Block& block) {
+    for_each_block<Side::kKeys>({task_.begin, task_.end}, [&](const Block& block) {
       score(block, scores);
       for (std::int64_t r = 0; r < kRows; ++r) s_.maximum[r] = std::max(s_.maximum[r], s_.tile_maximum[r]);
       scores += kTileSize;
@@ -76,27 +93,31 @@ class DecodeTask : DecodeProducts<T, kRows> {
   using Products::k_, Products::v_, Products::problem_, Products::reader_, Products::s_, Products::terms_,
       Products::tile_;
 
-  // f(block) for every block of keys, its rows known, those of the next block too (to fetch them ahead).
-  template <class F>
-  void for_each_block(bool with_k, bool with_v, const F& f) {
-    const T** const k = reinterpret_cast<const T**>(s_.k_rows);
-    const T** const v = reinterpret_cast<const T**>(s_.v_rows);
+  enum class Side : std::uint8_t { kKeys, kValues };
+
+  // f(block) for every block of a span, its rows known, and those of the next block, the next span's too, to fetch them
+  // ahead.
+  template <Side kSide, class F>
+  void for_each_block(KeyRange span, const F& f) {
+    constexpr bool kOfKeys = kSide == Side::kKeys;
+    const StoredSide& side = kOfKeys ? k_ : v_;
+    const Operand& operand = kOfKeys ? problem_.cache.k : problem_.cache.v;
+    const CacheScale& scale = kOfKeys ? problem_.cache.k_scale : problem_.cache.v_scale;
+    const T** const ring = reinterpret_cast<const T**>(kOfKeys ? s_.k_rows : s_.v_rows);
     const auto locate = [&](std::int64_t first, std::int64_t at) {
       const typename CacheReader<T>::Block keys{first, std::max(first, task_.begin),
                                                 std::min(first + kDecodeKeys, task_.end)};
-      if (with_k) reader_.rows(problem_.cache.k, keys, kDecodeKeys, k + at);
-      if (with_v) reader_.rows(problem_.cache.v, keys, kDecodeKeys, v + at);
-      if (with_k && !k_.group_scales) reader_.fetch_scales(problem_.cache.k_scale, keys);
-      if (with_v && !v_.group_scales) reader_.fetch_scales(problem_.cache.v_scale, keys);
+      reader_.rows(operand, keys, kDecodeKeys, ring + at);
+      if (!side.group_scales) reader_.fetch_scales(scale, keys);
       return keys;
     };
-    if (task_.begin >= task_.end) return;
-    auto keys = locate(task_.begin / kDecodeKeys * kDecodeKeys, 0);
-    for (std::int64_t at = 0;; at = kDecodeKeys - at) {
-      const bool last = keys.first + kDecodeKeys >= task_.end;
-      const auto next = locate(last ? keys.first : keys.first + kDecodeKeys, kDecodeKeys - at);
-      f(Block{keys, k + at, v + at, at});
-      if (last) return;
+    std::int64_t first = span.begin / kDecodeKeys * kDecodeKeys;
+    if (span.begin >= span.end) return;
+    auto keys = locate(first, 0);
+    for (std::int64_t at = 0; first < span.end; at = kDecodeKeys - at) {
+      first += kDecodeKeys;
+      const auto next = locate(first < task_.end ? first : keys.first, kDecodeKeys - at);
+      f(Block{keys, ring + at, at});
       keys = next;
     }
   }
@@ -111,10 +132,10 @@ class DecodeTask : DecodeProducts<T, kRows> {
     tile_.finish(block.keys.first, {block.keys.begin, block.keys.end}, scores);
   }
 
-  // Scores → weights; earlier outputs are brought to the new maximum.
-  void softmax(std::int64_t first, float* scores) {
+  // `count` vectors of scores → weights; earlier outputs are brought to the new maximum.
+  void softmax(std::int64_t first, std::int64_t count, float* scores) {
     const FloatTag f;
-    softmax_tile(ScoreTile{scores, kLanes, first, Tile::kTileKeys}, terms_.unit(), s_.tile_maximum, s_.maximum, s_.sum,
+    softmax_tile(ScoreTile{scores, kLanes, first, count}, terms_.unit(), s_.tile_maximum, s_.maximum, s_.sum,
                  s_.rescale);
     for (std::int64_t r = 0; r < kRows; ++r) {
       if (s_.rescale[r] == 1.0f) continue;
@@ -143,7 +164,7 @@ class DecodeTask : DecodeProducts<T, kRows> {
       if (hidden) tile_.mask(block.keys.first, 0.0f, weights);  // 0·NaN
     }
     add_block(
-        block.v, first, count, weights, hidden, lines_ahead(v_, s_.v_rows, block.at + first),
+        block.rows, first, count, weights, hidden, lines_ahead(v_, s_.v_rows, block.at + first),
         [&](std::int64_t i) { return block.key_at(i); },
         [&](std::int64_t i, std::int64_t r) { return tile_.sees(r, block.keys.first + i); });
   }
@@ -158,7 +179,7 @@ class DecodeTask : DecodeProducts<T, kRows> {
     for (std::int64_t first = start; first < task_.end; first += kDecodeKeys) {
       float* const weights = scores + (first - start) * kRows;
       std::copy_n(s_.maximum, kLanes, s_.tile_maximum);
-      softmax(first, weights);
+      softmax(first, Tile::kTileKeys, weights);
       for (std::int64_t k = 0; k < kDecodeKeys; k += kPartials) {
         const Floats w = hn::Load(f, weights + k * kRows);
         const auto small = hn::Le(w, threshold);

@@ -73,7 +73,7 @@ struct StoredSide {
 // Floats unless said.
 struct DecodeState {
   float* q;       // [positions of K / E][lane]
-  float* scores;  // [kDecodeKeys / E][lane]
+  float* scores;  // [kSpanKeys / E][lane]
   float* out;     // [row][positions of V], not yet divided by the sum
   float* out_before;
   float* maximum;       // [lane]
@@ -99,7 +99,7 @@ struct DecodeState {
     const KVStorage& cache = problem.cache;
     const std::int64_t k_positions = padded(cache.head_dim), v_positions = padded(cache.head_dim_v);
     q = arena.take<float>(k_positions * kLanes);
-    scores = arena.take<float>(kDecodeKeys * kLanes);
+    scores = arena.take<float>(kSpanKeys * kLanes);
     out = arena.take<float>(v_positions * kLanes);
     out_before = arena.take<float>(v_positions * kLanes);
     for (float** lane : {&maximum, &sum, &rescale, &tile_maximum, &slope}) *lane = arena.take<float>(kLanes);
