@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import mmap
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +14,23 @@ from onepass._cache_scales import Granularity, scaled
 
 if TYPE_CHECKING:
     from onepass.cache import KVCache
+
+_HUGE_PAGE = 2 << 20
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """Zeros; large ones of the CPU in huge pages, where the system has them.
+
+    A decode step reads the cache once: with pages of 4 KB it waits for their addresses, too.
+    """
+    place = torch.empty(0, device=device).device
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if place.type != "cpu" or size < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages: these are zeros all the same
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(tuple(shape))
 
 
 def select(cache: KVCache, index: Tensor) -> None:
@@ -33,7 +52,7 @@ def select(cache: KVCache, index: Tensor) -> None:
             stored = _bytes(tensor)
             picked = stored.narrow(dim, 0, used).index_select(0, chosen)
             if chosen.numel() != cache.batch:
-                stored = stored.new_zeros((chosen.numel(), *stored.shape[1:]))
+                stored = zeros((chosen.numel(), *stored.shape[1:]), stored.dtype, stored.device)
                 setattr(cache, name, stored.view(tensor.dtype))
             stored.narrow(dim, 0, used).copy_(picked)
         cache.seqlens = cache._host_seqlens = cache.seqlens[chosen]
@@ -56,6 +75,30 @@ def grow(cache: KVCache, max_seqlen: int) -> None:
     _enlarge_pool(cache, cache.k.shape[0] + cache.batch * added)
     columns = cache._host_table.new_full((cache.batch, added), -1)
     _replace_tables(cache, torch.cat([cache._host_table, columns], dim=1), cache._host_seqlens)
+
+
+def forget(cache: KVCache, tokens: int, capacity: int) -> int:
+    """Forgets the first tokens of all sequences, which have the same length; the others move to the front.
+
+    A contiguous cache moves to storage of ``capacity`` tokens; a paged one frees whole pages. Returns how many tokens
+    were forgotten.
+    """
+    if cache._references is None:
+        kept = int(cache.seqlens.max()) - tokens
+        for name, tensor, dim in _per_token(cache):
+            moved = _resized(tensor, dim, capacity)
+            moved.narrow(dim, 0, kept).copy_(_bytes(tensor).narrow(dim, tokens, kept))
+            setattr(cache, name, moved.view(tensor.dtype))
+        cache.seqlens -= tokens
+        return tokens
+    assert cache._host_table is not None
+    pages = tokens // cache.k.shape[2]
+    table = cache._host_table.roll(-pages, dims=1)
+    freed = table[:, table.shape[1] - pages :]
+    cache._references -= torch.bincount(freed.flatten(), minlength=cache.k.shape[0]).to(torch.int32)
+    freed.fill_(-1)
+    _replace_tables(cache, table, cache._host_seqlens - pages * cache.k.shape[2])
+    return pages * cache.k.shape[2]
 
 
 def dense(cache: KVCache, dtype: torch.dtype, length: int | None) -> tuple[Tensor, Tensor]:
@@ -102,10 +145,15 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
-def _enlarged(tensor: Tensor, dim: int, size: int) -> Tensor:
+def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """Zeros like the tensor, its bytes if it has 8-bit elements, with another size in one dimension."""
     shape = list(tensor.shape)
     shape[dim] = size
-    larger = _bytes(tensor).new_zeros(shape)
+    return zeros(shape, _bytes(tensor).dtype, tensor.device)
+
+
+def _enlarged(tensor: Tensor, dim: int, size: int) -> Tensor:
+    larger = _resized(tensor, dim, size)
     larger.narrow(dim, 0, tensor.shape[dim]).copy_(_bytes(tensor))
     return larger.view(tensor.dtype)
 

@@ -101,8 +101,8 @@ class KVCache:
             max_pages = -(-max_seqlen // page_size)
             blocks, tokens = batch * max_pages if num_pages is None else num_pages, page_size
         storage = dtype if quantization is None else _STORAGE[quantization]
-        self.k = torch.zeros((blocks, num_heads_kv, tokens, head_dim), dtype=storage, device=device)
-        self.v = torch.zeros((blocks, num_heads_kv, tokens, head_dim_v), dtype=storage, device=device)
+        self.k = _cache_storage.zeros((blocks, num_heads_kv, tokens, head_dim), storage, device)
+        self.v = _cache_storage.zeros((blocks, num_heads_kv, tokens, head_dim_v), storage, device)
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.first_key = self.batch_index = self.page_table = None
         self._set_scales(quantization, scale_granularity, k_scale, v_scale)

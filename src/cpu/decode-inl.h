@@ -22,6 +22,10 @@ namespace onepass::cpu::HWY_NAMESPACE {
 // Keys of a block; blocks begin at multiples of it in the sequence, so that a row's bits depend on nothing else.
 inline constexpr std::int64_t kDecodeKeys = 64;
 
+// Keys whose scores are made before their values are read: the longer a stretch of memory, the better a processor
+// fetches it by itself.
+inline constexpr std::int64_t kSpanKeys = 256;
+
 // Rows that are converted at a time: few, so that they stay in L1 beside the rows fetched ahead.
 inline constexpr std::int64_t kConvertedKeys = 16, kConvertedValues = 32;
 
@@ -29,11 +33,16 @@ inline constexpr std::int64_t kConvertedKeys = 16, kConvertedValues = 32;
 inline constexpr std::int64_t kConvertedStride = 512 + 16;
 
 // Accumulators of a tile: keys of the first product, rows × vectors of the second.
+// Vectors of one query row that stay in registers beside kLanes sums.
 #if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSSE3 || HWY_TARGET == HWY_SSE4
-inline constexpr int kAccumulators = 8;
+inline constexpr int kAccumulators = 8, kHeldVectors = 4;
 #else
-inline constexpr int kAccumulators = 16;
+inline constexpr int kAccumulators = 16, kHeldVectors = 8;
 #endif
+
+// Keys that one row's code goes through at a time. Few: an AMD processor fetches ahead by the stride of each
+// instruction, and at strides of 4 KB (16 keys of 256 bytes) reads half as fast.
+inline constexpr int kOneRowKeys = 4;
 
 // Adds neighbours: E partial sums a row in each of kCount vectors → kCount/E vectors of E keys each.
 template <int kCount, int kPartials>
@@ -48,33 +57,51 @@ HWY_INLINE void add_partials(Floats* v) {
   }
 }
 
-// scores[key] for `keys` keys, a multiple of kConvertedKeys, and one row. next[key] is fetched ahead. Like the other
-// functions that read storage: false when it must be converted exactly.
-template <class T>
-HWY_NOINLINE bool score_one_row(const T* const* rows, const T* const* next, std::int64_t keys,
-                                const float* HWY_RESTRICT q, std::int64_t dim, float* HWY_RESTRICT scores) {
+// sums[key] += Σ q·k over kChunks chunks from position d on, key after key, so that rows are read as they lie.
+template <class T, int kChunks>
+HWY_INLINE void add_one_row(const T* const* rows, const float* HWY_RESTRICT q, std::int64_t d, LineFetcher& ahead,
+                            NanWatch<T>& watch, Floats* HWY_RESTRICT sums) {
   const FloatTag f;
   constexpr int kVectors = Unpack<T>::kVectors;
   constexpr std::int64_t kChunk = kVectors * kLanes;
+  Floats qv[kChunks * kVectors];
+  HWY_UNROLL(8)
+  for (int j = 0; j < kChunks * kVectors; ++j) qv[j] = hn::Load(f, q + d + j * kLanes);
+  for (int i = 0; i < kLanes; i += kOneRowKeys) {
+    HWY_UNROLL(4)
+    for (int n = i; n < i + kOneRowKeys; ++n) {
+      HWY_UNROLL(8)
+      for (int c = 0; c < kChunks; ++c) {
+        const T* const chunk = rows[n] + d + c * kChunk;
+        Floats kv[kVectors];
+        Unpack<T>::load(chunk, kv);
+        watch.see(chunk);
+        ahead.keep_pace<kChunk * sizeof(T)>(n);
+        HWY_UNROLL(4)
+        for (int j = 0; j < kVectors; ++j) sums[n] = hn::MulAdd(kv[j], qv[c * kVectors + j], sums[n]);
+      }
+    }
+  }
+}
+
+// scores[key] for `keys` keys, a multiple of kConvertedKeys, and one row. `ahead` fetches as much as their storage
+// meanwhile. Like the other functions that read storage: false when it must be converted exactly.
+template <class T>
+HWY_NOINLINE bool score_one_row(const T* const* rows, std::int64_t keys, const float* HWY_RESTRICT q, std::int64_t dim,
+                                LineFetcher ahead, float* HWY_RESTRICT scores) {
+  const FloatTag f;
+  constexpr std::int64_t kChunk = Unpack<T>::kVectors * kLanes;
+  constexpr int kChunks = kHeldVectors / Unpack<T>::kVectors;
   NanWatch<T> watch;
   for (std::int64_t key = 0; key < keys; key += kLanes) {
     Floats sums[kLanes];
     HWY_UNROLL(16)
     for (int i = 0; i < kLanes; ++i) sums[i] = hn::Zero(f);
-    for (std::int64_t d = 0; d < dim; d += kChunk) {
-      Floats qv[kVectors];
-      HWY_UNROLL(4)
-      for (int j = 0; j < kVectors; ++j) qv[j] = hn::Load(f, q + d + j * kLanes);
-      HWY_UNROLL(16)
-      for (int i = 0; i < kLanes; ++i) {
-        Floats kv[kVectors];
-        Unpack<T>::load(rows[key + i] + d, kv);
-        watch.see(rows[key + i] + d);
-        fetch_ahead(next[key + i] + d);
-        HWY_UNROLL(4)
-        for (int j = 0; j < kVectors; ++j) sums[i] = hn::MulAdd(kv[j], qv[j], sums[i]);
-      }
+    std::int64_t d = 0;
+    for (; d + kChunks * kChunk <= dim; d += kChunks * kChunk) {
+      add_one_row<T, kChunks>(rows + key, q, d, ahead, watch, sums);
     }
+    for (; d < dim; d += kChunk) add_one_row<T, 1>(rows + key, q, d, ahead, watch, sums);
     add_partials<kLanes, kLanes>(sums);
     hn::Store(sums[0], f, scores + key);
   }

@@ -3,6 +3,7 @@
 // converted). Exact to float32: queries and weights become 24-bit fixed point, three bytes each, so that
 //   q·k = unit·Σ (256²·q2 + 256·q1 + q0)·k  with q2, q1, q0 in [−128, 127],
 //   Σ p·v = unit·Σ (256²·p2 + 256·p1 + p0)·v  with p2, p1, p0 in [0, 255].
+// Two bytes each are enough for bfloat16 queries and outputs.
 // The instruction takes one unsigned factor: keys are stored as k + 128 while they are in scratch.
 #if defined(ONEPASS_CPU_DECODE_BYTES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef ONEPASS_CPU_DECODE_BYTES_INL_H_
@@ -60,17 +61,24 @@ struct ByteState {
 
 // sum += Σ of 4 products a lane. Inline assembly, so that the tier's other code may not use the extension.
 HWY_INLINE void add_byte_dot(hn::Vec<ByteVector> unsigned_bytes, hn::Vec<ByteVector> signed_bytes, Ints& sum) {
-  asm("vpdpbusd %[b], %[a], %[sum]" : [sum] "+v"(sum.raw) : [a] "v"(unsigned_bytes.raw), [b] "v"(signed_bytes.raw));
+  // In registers of their own: GCC writes the members of its vectors' structures to memory first.
+  const __m512i first = unsigned_bytes.raw, second = signed_bytes.raw;
+  __m512i total = sum.raw;
+  asm("vpdpbusd %[b], %[a], %[sum]" : [sum] "+v"(total) : [a] "v"(first), [b] "v"(second));
+  sum.raw = total;
 }
 
-// 256²·high + 256·middle + low.
-HWY_INLINE Floats join_bytes(Ints high, Ints middle, Ints low) {
+// Σ 256^i·digit(i): digit(i) is the i-th sum.
+template <int kDigits, class F>
+HWY_INLINE Floats join_bytes(const F& digit) {
   const FloatTag f;
-  const Floats rest = hn::MulAdd(hn::ConvertTo(f, middle), hn::Set(f, 256.0f), hn::ConvertTo(f, low));
-  return hn::MulAdd(hn::ConvertTo(f, high), hn::Set(f, 65536.0f), rest);
+  Floats joined = hn::MulAdd(hn::ConvertTo(f, digit(1)), hn::Set(f, 256.0f), hn::ConvertTo(f, digit(0)));
+  if constexpr (kDigits == 3) joined = hn::MulAdd(hn::ConvertTo(f, digit(2)), hn::Set(f, 65536.0f), joined);
+  return joined;
 }
 
-template <int kRows>
+// kDigits bytes of a query or weight, 2 or 3.
+template <int kRows, int kDigits>
 class ByteProducts {
   static constexpr int kPartials = kLanes / kRows;           // E
   static constexpr int kStep = 4 * kPartials;                // channels of the first product's broadcast
@@ -90,18 +98,18 @@ class ByteProducts {
     }
     if (largest < kSmallest) return false;
     const double inverse = kQueryOne / double{largest};
-    std::int64_t sums[3][kPartials] = {};
+    std::int64_t sums[kDigits][kPartials] = {};
     for (std::int64_t d = 0; d < dim_; ++d) {
       const std::int64_t step = d / kStep, e = d % kStep / 4;
       std::int64_t rest = std::llrint(query[d] * inverse);
-      for (int byte = 0; byte < 3; ++byte) {
-        const std::int64_t digit = byte == 2 ? rest : ((rest + 128) & 255) - 128;
+      for (int byte = 0; byte < kDigits; ++byte) {
+        const std::int64_t digit = byte == kDigits - 1 ? rest : ((rest + 128) & 255) - 128;
         rest = (rest - digit) / 256;
         s_.q[((byte * dim_ / kStep + step) * kLanes + r * kPartials + e) * 4 + d % 4] = static_cast<std::int8_t>(digit);
         sums[byte][e] += digit;
       }
     }
-    for (int byte = 0; byte < 3; ++byte) {
+    for (int byte = 0; byte < kDigits; ++byte) {
       for (int e = 0; e < kPartials; ++e) {
         s_.start[byte * kLanes + r * kPartials + e] = static_cast<std::int32_t>(-128 * sums[byte][e]);
       }
@@ -160,8 +168,8 @@ class ByteProducts {
 
  private:
   static constexpr int kScoreKeys = 8;  // 24 accumulators
-  static constexpr double kQueryOne = 127.0 * 65536.0;
-  static constexpr float kWeightOne = 0xFFFFF0;  // below 2²⁴ after rounding
+  static constexpr double kQueryOne = kDigits == 3 ? 127.0 * 65536.0 : 127.0 * 256.0;
+  static constexpr float kWeightOne = kDigits == 3 ? 0xFFFFF0 : 0xFFFE;  // below 2²⁴ or 2¹⁶ after rounding
   static constexpr float kLargestQuery = 1e30f, kLargestWeight = 1e30f, kSmallest = 1e-30f;
 
   static HWY_INLINE hn::Vec<ByteVector> broadcast_channels(const std::uint8_t* p) {
@@ -186,29 +194,29 @@ class ByteProducts {
     const auto* const q = reinterpret_cast<const std::uint8_t*>(s_.q);
     const std::int64_t byte_size = dim_ * kRows;
     LineFetcher ahead = fetcher;
-    Ints sums[3][kScoreKeys];
+    Ints sums[kDigits][kScoreKeys];
     HWY_UNROLL(3)
-    for (int byte = 0; byte < 3; ++byte) {
+    for (int byte = 0; byte < kDigits; ++byte) {
       const Ints start = hn::Load(IntTag(), s_.start + byte * kLanes);
       HWY_UNROLL(8)
       for (int i = 0; i < kScoreKeys; ++i) sums[byte][i] = start;
     }
     for (std::int64_t d = 0; d < dim_; d += kStep) {
-      const auto q0 = hn::Load(bytes, q + d * kRows), q1 = hn::Load(bytes, q + byte_size + d * kRows);
-      const auto q2 = hn::Load(bytes, q + 2 * byte_size + d * kRows);
+      hn::Vec<ByteVector> qv[kDigits];
+      HWY_UNROLL(3)
+      for (int byte = 0; byte < kDigits; ++byte) qv[byte] = hn::Load(bytes, q + byte * byte_size + d * kRows);
       ahead.keep_pace<kScoreKeys * kStep>(d / kStep);
       HWY_UNROLL(8)
       for (int i = 0; i < kScoreKeys; ++i) {
         const auto k = broadcast_channels(keys + i * ByteState::kKeyStride + d);
-        add_byte_dot(k, q0, sums[0][i]);
-        add_byte_dot(k, q1, sums[1][i]);
-        add_byte_dot(k, q2, sums[2][i]);
+        HWY_UNROLL(3)
+        for (int byte = 0; byte < kDigits; ++byte) add_byte_dot(k, qv[byte], sums[byte][i]);
       }
     }
     fetcher = ahead;
     Floats joined[kScoreKeys];
     HWY_UNROLL(8)
-    for (int i = 0; i < kScoreKeys; ++i) joined[i] = join_bytes(sums[2][i], sums[1][i], sums[0][i]);
+    for (int i = 0; i < kScoreKeys; ++i) joined[i] = join_bytes<kDigits>([&](int byte) { return sums[byte][i]; });
     add_partials<kScoreKeys, kPartials>(joined);
     const Floats unit = hn::Load(f, s_.q_unit);
     HWY_UNROLL(8)
@@ -229,7 +237,7 @@ class ByteProducts {
       }
       std::uint32_t* const to = s_.words + first / 4;
       HWY_UNROLL(3)
-      for (int byte = 0; byte < 3; ++byte) {
+      for (int byte = 0; byte < kDigits; ++byte) {
         const auto of = [&](int j) {
           return hn::And(byte == 0 ? x[j] : byte == 1 ? hn::ShiftRight<8>(x[j]) : hn::ShiftRight<16>(x[j]), low);
         };
@@ -272,9 +280,9 @@ class ByteProducts {
     constexpr int kStepBytes = static_cast<int>(2 * kLanes * 4 * kRowPart / kRows);
     const auto* const values = reinterpret_cast<const std::uint8_t*>(s_.values) + position * 4;
     LineFetcher ahead = fetcher;
-    Ints sums[3][kRowPart][2];
+    Ints sums[kDigits][kRowPart][2];
     HWY_UNROLL(24)
-    for (int i = 0; i < 6 * kRowPart; ++i) (&sums[0][0][0])[i] = hn::Zero(IntTag());
+    for (int i = 0; i < 2 * kDigits * kRowPart; ++i) (&sums[0][0][0])[i] = hn::Zero(IntTag());
     for (std::int64_t group = 0; group < kGroups; ++group) {
       const auto v0 = hn::Load(bytes, values + group * 4 * dim_v_);
       const auto v1 = hn::Load(bytes, values + group * 4 * dim_v_ + 64);
@@ -282,7 +290,7 @@ class ByteProducts {
       HWY_UNROLL(4)
       for (int r = 0; r < kRowPart; ++r) {
         HWY_UNROLL(3)
-        for (int byte = 0; byte < 3; ++byte) {
+        for (int byte = 0; byte < kDigits; ++byte) {
           const auto p = hn::BitCast(bytes, hn::Set(WordTag(), s_.words[(byte * kGroups + group) * kRows + row + r]));
           add_byte_dot(p, v0, sums[byte][r][0]);
           add_byte_dot(p, v1, sums[byte][r][1]);
@@ -296,7 +304,7 @@ class ByteProducts {
       HWY_UNROLL(2)
       for (int j = 0; j < 2; ++j) {
         float* const at = out + (row + r) * dim_v_ + position + j * kLanes;
-        const Floats sum = join_bytes(sums[2][r][j], sums[1][r][j], sums[0][r][j]);
+        const Floats sum = join_bytes<kDigits>([&](int byte) { return sums[byte][r][j]; });
         hn::Store(hn::MulAdd(sum, unit, hn::Load(f, at)), f, at);
       }
     }
@@ -307,7 +315,7 @@ class ByteProducts {
 };
 
 #else
-template <int kRows>
+template <int kRows, int kDigits>
 class ByteProducts;
 #endif
 

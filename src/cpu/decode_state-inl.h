@@ -9,6 +9,7 @@
 #include "cpu/arena.h"
 #include "cpu/cached_plan.h"
 #include "cpu/decode_bytes-inl.h"
+#include "cpu/decode_pairs-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace onepass::cpu::HWY_NAMESPACE {
@@ -20,28 +21,50 @@ inline std::int64_t tile_rows(std::int64_t count) {
   return count <= kLanes / 4 ? kLanes / 4 : count <= kLanes / 2 ? kLanes / 2 : kLanes;
 }
 
+// The order in which a row's channels lie in a tile.
+enum class ChannelOrder : std::uint8_t {
+  kNatural,
+  kUnpack,  // as Unpack leaves them
+  kBytes,   // as ByteProducts does: rows are not converted, or one by one
+  kPairs,   // as PairProducts does, likewise
+};
+
 // How one of K and V is read.
 struct StoredSide {
   std::int64_t dim;        // channels
   std::int64_t positions;  // floats of a row in a tile: dim, rounded up to vectors
-  bool natural;            // converted in channel order; else in the order of Unpack
-  bool group_scales;       // applied while converting
-  bool bytes = false;      // not converted, or in the order of ByteProducts
+  ChannelOrder order;
+  bool group_scales;  // applied while converting
 
   template <class T>
   static StoredSide of(const KVStorage& cache, std::int64_t dim) {
     const bool groups = cache.granularity == ScaleGranularity::kGroup;
     const bool natural = groups || !Unpack<T>::kFast || dim % chunk_elements<T>() != 0;
-    return {dim, padded(dim), natural, groups};
+    return {dim, padded(dim), natural ? ChannelOrder::kNatural : ChannelOrder::kUnpack, groups};
   }
-  // Whether rows are converted in the order of Unpack.
-  bool unpacked() const { return !natural && !bytes; }
+  bool unpacked() const { return order == ChannelOrder::kUnpack; }
+
+  template <class T>
+  std::int64_t row_bytes() const {
+    return positions * static_cast<std::int64_t>(sizeof(T));
+  }
+  // Keys whose rows are fetched before they are read, as many as are read in one go. Many query rows take longer than
+  // reading: then longer passes over the values gain more.
+  template <class T, int kRows>
+  std::int64_t keys_ahead() const {
+    if (kRows >= 8) return kDecodeKeys;
+    return std::clamp<std::int64_t>(fetch_policy().bytes / row_bytes<T>() / 16 * 16, 16, kDecodeKeys);
+  }
 
   // The channel that lies at a position; positions past `dim` hold none.
   template <class T>
   std::int64_t channel(std::int64_t position) const {
-    if (natural) return position;
-    if (bytes) return position / kByteChunk * kByteChunk + byte_channel(position % kByteChunk);
+    switch (order) {
+      case ChannelOrder::kNatural: return position;
+      case ChannelOrder::kBytes: return position / kByteChunk * kByteChunk + byte_channel(position % kByteChunk);
+      case ChannelOrder::kPairs: return pair_channel<T>(position);
+      case ChannelOrder::kUnpack: break;
+    }
     const std::int64_t chunk = chunk_elements<T>();
     return position / chunk * chunk + Unpack<T>::channel(position % chunk);
   }
@@ -50,7 +73,7 @@ struct StoredSide {
 // Floats unless said.
 struct DecodeState {
   float* q;       // [positions of K / E][lane]
-  float* scores;  // [kDecodeKeys / E][lane]
+  float* scores;  // [kSpanKeys / E][lane]
   float* out;     // [row][positions of V], not yet divided by the sum
   float* out_before;
   float* maximum;       // [lane]
@@ -66,16 +89,17 @@ struct DecodeState {
   std::int32_t* end;
   std::int32_t* center;
   float* slope;
-  const void** k_rows;  // [key] of this block, then of the next
+  const void** k_rows;  // [key] of a block and of the next, which take turns
   const void** v_rows;
   std::int32_t* all_keys;  // 0, 1, …
   ByteState bytes;
+  PairState pairs;
 
   void take(Arena& arena, const CachedProblem& problem) {
     const KVStorage& cache = problem.cache;
     const std::int64_t k_positions = padded(cache.head_dim), v_positions = padded(cache.head_dim_v);
     q = arena.take<float>(k_positions * kLanes);
-    scores = arena.take<float>(kDecodeKeys * kLanes);
+    scores = arena.take<float>(kSpanKeys * kLanes);
     out = arena.take<float>(v_positions * kLanes);
     out_before = arena.take<float>(v_positions * kLanes);
     for (float** lane : {&maximum, &sum, &rescale, &tile_maximum, &slope}) *lane = arena.take<float>(kLanes);
@@ -89,6 +113,7 @@ struct DecodeState {
     v_rows = arena.take<const void*>(2 * kDecodeKeys);
     all_keys = arena.take<std::int32_t>(kDecodeKeys);
     if (kHasByteDot && cache.dtype == DType::kInt8) bytes.take(arena, cache.head_dim, cache.head_dim_v);
+    if (kHasPairDot && problem.attention.dtype == DType::kBFloat16) pairs.take(arena, cache.head_dim);
   }
 };
 

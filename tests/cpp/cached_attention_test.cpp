@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/float8.h"
 #include "support/cache.h"
 #include "support/compare.h"
 #include "support/naive.h"
@@ -347,26 +348,78 @@ TEST_P(CachedRelations, ValuesOfOneGiveOne) {
 
 // A NaN reaches exactly the rows that see it, in keys and in values, at the edge of the causal mask too.
 TEST_P(CachedRelations, NanReachesTheRowsThatSeeIt) {
-  for (const bool in_values : {false, true}) {
-    for (std::int64_t queries : {1, 4, 40}) {
-      const std::int64_t length = 150, poisoned = length - 2;  // seen by the last two queries
-      CacheInstance cache({.name = "nan", .num_heads = 4, .num_heads_kv = 1, .lengths = {length}, .queries = {queries}},
-                          GetParam());
-      Tensor& tensor = in_values ? cache.v : cache.k;
-      Values values = tensor.load();
-      values[poisoned * 64 + 5] = std::numeric_limits<double>::quiet_NaN();
-      tensor.store(values);
-      cache.attend();
-      const Values out = cache.loaded_out();
-      for (std::int64_t i = 0; i < queries; ++i) {
-        const bool sees = i + length - queries >= poisoned;
-        for (std::int64_t h = 0; h < 4; ++h) {
-          for (std::int64_t d = 0; d < 64; ++d) {
-            EXPECT_EQ(std::isnan(out[(i * 4 + h) * 64 + d]), sees && (!in_values || d == 5))
-                << (in_values ? "value" : "key") << ", query " << i << " of " << queries << ", channel " << d;
+  for (const DType storage : {GetParam().dtype, DType::kFloat8E4M3, DType::kFloat8E5M2}) {
+    for (const bool in_values : {false, true}) {
+      for (std::int64_t queries : {1, 4, 40}) {
+        const std::int64_t length = 150, poisoned = length - 2;  // seen by the last two queries
+        CacheInstance cache({.name = "nan",
+                             .num_heads = 4,
+                             .num_heads_kv = 1,
+                             .lengths = {length},
+                             .queries = {queries},
+                             .storage = storage},
+                            GetParam());
+        Tensor& tensor = in_values ? cache.v : cache.k;
+        Values values = tensor.load();
+        values[poisoned * 64 + 5] = std::numeric_limits<double>::quiet_NaN();
+        tensor.store(values);
+        cache.attend();
+        const Values out = cache.loaded_out();
+        for (std::int64_t i = 0; i < queries; ++i) {
+          const bool sees = i + length - queries >= poisoned;
+          for (std::int64_t h = 0; h < 4; ++h) {
+            for (std::int64_t d = 0; d < 64; ++d) {
+              EXPECT_EQ(std::isnan(out[(i * 4 + h) * 64 + d]), sees && (!in_values || d == 5))
+                  << name_of(storage) << (in_values ? " value" : " key") << ", query " << i << " of " << queries
+                  << ", channel " << d;
+            }
           }
         }
       }
+    }
+  }
+}
+
+// The last key of a part that does not fill its block stands in for those that are missing: with no weight, so that
+// infinity stays infinity.
+TEST_P(CachedRelations, InfinityInTheLastValueStays) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (std::int64_t heads : {1, 4, 8}) {
+    CacheInstance cache({.name = "infinity", .num_heads = heads, .num_heads_kv = 1, .lengths = {150}, .queries = {1}},
+                        GetParam());
+    Values values = cache.v.load();
+    values[149 * 64 + 5] = infinity;
+    cache.v.store(values);
+    cache.attend();
+    const Values out = cache.loaded_out();
+    for (std::size_t i = 0; i < out.size(); ++i) EXPECT_EQ(out[i] == infinity, i % 64 == 5) << "element " << i;
+  }
+}
+
+// Subnormals and the largest values of float8 too.
+TEST_P(CachedRelations, EveryFloat8CodeCounts) {
+  for (const DType storage : {DType::kFloat8E4M3, DType::kFloat8E5M2}) {
+    for (std::int64_t heads : {1, 4, 8}) {
+      CacheInstance cache({.name = "codes",
+                           .num_heads = heads,
+                           .num_heads_kv = 1,
+                           .lengths = {150},
+                           .queries = {1},
+                           .storage = storage},
+                          GetParam());
+      Values keys = cache.k.load(), values = cache.v.load();
+      for (std::size_t i = 0; i < values.size(); ++i) {
+        const auto code = static_cast<std::uint8_t>(i * 37);
+        const double x = storage == DType::kFloat8E4M3 ? to_float(Float8E4M3{code}) : to_float(Float8E5M2{code});
+        if (std::isfinite(x)) values[i] = x;
+        if (std::abs(x) < 4) keys[i] = x;
+      }
+      cache.k.store(keys);
+      cache.v.store(values);
+      cache.attend();
+      const Expected want = expected(cache);
+      EXPECT_TRUE(accurate(cache.loaded_out(), want.out, want.naive_out, GetParam().dtype))
+          << name_of(storage) << ", " << heads << " heads";
     }
   }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import onepass
@@ -241,6 +242,20 @@ def test_dense_copies(storage, page_size):
                 own = min(length, int(cache.seqlens[b]))
                 want = stored(cache, b)[side][:, :own].to(dense.dtype)
                 torch.testing.assert_close(dense[b, :, :own], want, atol=0, rtol=2e-3 if length == 5 else 1e-6)
+
+
+def test_large_storage() -> None:
+    """From 4 MiB on it is memory of its own kind (huge pages): zeros, copied and grown like any tensor."""
+    for page_size in (None, 16):
+        cache = onepass.KVCache(2, 9000, 2, 64, page_size=page_size)
+        assert not cache.k.any()
+        k, v = (randn(2, 2, 100, 64, dtype=torch.bfloat16) for _ in range(2))
+        cache.append(k, v)
+        other = copy.deepcopy(cache)
+        cache.grow(12000)
+        cache.append(k, v)
+        assert torch.equal(cache.dense(torch.bfloat16)[0], torch.cat([k, k], dim=2))
+        assert torch.equal(other.dense(torch.bfloat16)[1], v)
 
 
 def test_tables_of_someone_else_are_not_reshaped():

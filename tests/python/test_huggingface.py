@@ -152,8 +152,8 @@ def test_user_masks_of_four_dimensions() -> None:
 
 
 def test_models_with_their_own_attention_code_are_refused() -> None:
-    config = transformers.CodeGenConfig(
-        vocab_size=VOCABULARY, n_embd=64, n_layer=1, n_head=4, rotary_dim=8, n_positions=64
+    config = transformers.XGLMConfig(
+        vocab_size=VOCABULARY, d_model=64, num_layers=1, attention_heads=4, ffn_dim=64, max_position_embeddings=64
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="onepass")
     with pytest.raises(NotImplementedError, match="never calls the attention function"):

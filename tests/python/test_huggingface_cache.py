@@ -116,6 +116,52 @@ def test_quantized_logits_are_close(name: str, storage: str) -> None:
     assert 0 < error < allowed
 
 
+@pytest.mark.usefixtures("no_copies")
+@pytest.mark.parametrize("storage", [{}, {"page_size": 4}, {"quantization": "int8"}], ids=str)
+@pytest.mark.parametrize("name", ["mistral-window", "gemma2-softcap", "gpt-oss-sinks"])
+def test_windows_forget_what_they_have_passed(
+    name: str, storage: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens are those of a cache that keeps everything; storage stops growing."""
+    monkeypatch.setattr(cache_module, "_KEPT_FOR_ROLLBACK", 3)
+    model = named(name).build("onepass")
+    kept = OnepassCache(max_seqlen=SEQLEN + 60, **storage)
+    cache = OnepassCache(**storage)
+    want = generate(model, past_key_values=kept, max_new_tokens=60)
+    assert torch.equal(generate(model, past_key_values=cache, max_new_tokens=60), want)
+    assert cache.get_seq_length() == SEQLEN + 59
+    windowed = [layer for layer in cache.layers if layer.window is not None]
+    assert windowed
+    for layer in windowed:
+        assert layer.forgotten > 0
+        assert layer.length - layer.forgotten <= layer.cache.max_seqlen < SEQLEN + 59
+        if "page_size" in storage:
+            held = -(-(layer.length - layer.forgotten) // 4) * layer.cache.batch
+            assert layer.cache.free_pages == layer.cache.k.shape[0] - held
+
+
+def test_what_a_window_forgot_cannot_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_KEPT_FOR_ROLLBACK", 3)
+    cache = OnepassCache()
+    states = torch.randn(1, 2, 40, 8)
+    query = torch.randn(1, 2, 1, 8)
+    module = torch.nn.Module()
+    for _ in range(2):
+        key, value = cache.update(states, states, 0)
+        onepass_attention(module, query, key, value, None, sliding_window=5)
+    layer = cache.layers[0]
+    assert layer.forgotten == 40 - 4 - 3
+    dense = key.dequantized()
+    assert dense.shape[2] == 80
+    assert torch.equal(dense[:, :, 40:], states)
+    assert not dense[:, :, : layer.forgotten].any()
+    cache.crop(layer.forgotten + 4)
+    with pytest.raises(ValueError, match=r"crop: got a length of 36; need at least 37: .* its window of 5 had passed"):
+        cache.crop(36)
+    with pytest.raises(ValueError, match=r"sliding_window: got 9; need the 5 of earlier calls"):
+        onepass_attention(module, query, *cache.update(states, states, 0), None, sliding_window=9)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_crop_goes_back(storage: str) -> None:
     """Rejected speculative tokens: after a rollback the same tokens give the same logits."""

@@ -9,11 +9,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from onepass.bench.cached import CacheCase, CacheInputs, CacheResult, read, rotating
+from onepass.bench.cached import CacheCase, CacheInputs, CacheResult, read_by_product, read_by_sum, rotating
 from onepass.bench.cached_contenders import CONTENDERS, contenders
 from onepass.bench.timing import Timing, interleave
 
-_READ = "read"
+_READERS = {"read by product": read_by_product, "read by sum": read_by_sum}
 
 
 def measure(sweep: str, case: CacheCase, device: torch.device, seconds: float) -> list[CacheResult]:
@@ -21,8 +21,8 @@ def measure(sweep: str, case: CacheCase, device: torch.device, seconds: float) -
     inputs = CacheInputs.of(case, device)
     calls: dict[str, Callable[[], object]] = {}
     steps: dict[str, int] = {}
-    for name in [_READ, *contenders(case, device)]:
-        step = read(case, inputs) if name == _READ else CONTENDERS[name](case, inputs)
+    for name in [*_READERS, *contenders(case, device)]:
+        step = _READERS[name](inputs) if name in _READERS else CONTENDERS[name](case, inputs)
         if name.startswith("torch "):
             try:
                 step(0)
@@ -31,7 +31,7 @@ def measure(sweep: str, case: CacheCase, device: torch.device, seconds: float) -
                 continue
         calls[name], steps[name] = rotating(step, len(inputs.caches), device)
     timings = {name: _per_step(timing, steps[name]) for name, timing in interleave(calls, device, seconds).items()}
-    reading = timings.pop(_READ)
+    reading = min((timings.pop(name) for name in _READERS), key=lambda timing: timing.median)
     return [CacheResult(case, name, timing, reading, sweep) for name, timing in timings.items()]
 
 

@@ -134,8 +134,11 @@ def _cached(
     options: dict[str, Any],
 ) -> Tensor:
     """Attention over the stored keys and values themselves."""
-    cache = states.layer.cache
+    layer, cache, left = states.layer, states.layer.cache, visibility.window[0]
+    layer.sees(None if left is None else left + 1)
     cache.first_key = visibility.key_begin
+    if layer.forgotten and cache.first_key is not None:
+        cache.first_key = (cache.first_key - layer.forgotten).clamp(min=0)
     scored = {name: value for name, value in options.items() if name != "dropout_p"}
     return cached_attention(query, cache, alibi_slopes=alibi_slopes, **scored).transpose(1, 2).contiguous()
 

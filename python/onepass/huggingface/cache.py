@@ -6,13 +6,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from onepass import _cache_storage
 from onepass.cache import KVCache, Quantization
 
 _FIRST_CAPACITY = 256  # tokens, of a cache that grows
+_KEPT_FOR_ROLLBACK = 64  # tokens in front of a window, so that speculative decoding can take its own back
 
 
 class OnepassCache(Cache):
@@ -26,7 +29,8 @@ class OnepassCache(Cache):
         dtype: of the storage; default that of the model's keys.
         quantization, scale_granularity, page_size, k_scale, v_scale: as for :class:`onepass.KVCache`.
 
-    Windowed layers keep all tokens and attend to those in their window.
+    Layers with a sliding window read the tokens in it. In a cache that grows they forget what the window has passed, so
+    that their storage stays within about four windows; with ``max_seqlen`` they keep everything.
     """
 
     def __init__(
@@ -66,7 +70,8 @@ class OnepassLayer(CacheLayerMixin):
     def __init__(self, max_seqlen: int | None, dtype: torch.dtype | None, storage: dict[str, Any]) -> None:
         super().__init__()
         self.max_seqlen = max_seqlen
-        self.length = 0
+        self.length = self.forgotten = 0
+        self.window: int | None = None  # tokens that a query sees; told by the attention function
         self._dtype, self._storage = dtype, storage
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -95,12 +100,35 @@ class OnepassLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = self.length + key_states.shape[2]
-        if self.max_seqlen is None and length > self.cache.max_seqlen:
-            self.cache.grow(max(length, 2 * self.cache.max_seqlen))
+        if self.max_seqlen is None:
+            self._make_room(key_states.shape[2])
         self.cache.append(key_states, value_states)
-        self.length = length
+        self.length += key_states.shape[2]
         return CachedStates(self, "k"), CachedStates(self, "v")
+
+    def sees(self, window: int | None) -> None:
+        """A query of this layer sees ``window`` tokens, itself counted, or all."""
+        if self.forgotten and window != self.window:
+            raise ValueError(
+                f"OnepassCache: sliding_window: got {window}; need the {self.window} of earlier calls, whose older "
+                "tokens are forgotten"
+            )
+        self.window = window
+
+    def _make_room(self, tokens: int) -> None:
+        """Forgets what the window has passed when that is much, else grows."""
+        held = self.length - self.forgotten
+        if held + tokens <= self.cache.max_seqlen:
+            return
+        if self.window is not None:
+            kept = self.window - 1 + _KEPT_FOR_ROLLBACK
+            if 4 * (held - kept) >= held:
+                capacity = max(_FIRST_CAPACITY, 2 * (kept + tokens))
+                forgotten = _cache_storage.forget(self.cache, held - kept, capacity)
+                self.forgotten += forgotten
+                held -= forgotten
+        if held + tokens > self.cache.max_seqlen:
+            self.cache.grow(max(held + tokens, 2 * self.cache.max_seqlen))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -114,16 +142,22 @@ class OnepassLayer(CacheLayerMixin):
     def reset(self) -> None:
         if self.is_initialized:
             self.cache.reset()
-        self.length = 0
+        self.length = self.forgotten = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``−tokens_to_remove`` tokens; a positive number is the length to keep, as it once was."""
         kept = tokens_to_remove if tokens_to_remove > 0 else self.length + tokens_to_remove
         if not self.is_initialized or kept >= self.length:
             return
-        self.length = max(kept, 0)
+        kept = max(kept, 0)
+        if self.window is not None and self.forgotten > max(0, kept - self.window + 1):
+            raise ValueError(
+                f"OnepassCache: crop: got a length of {kept}; need at least {self.forgotten + self.window - 1}: a "
+                f"layer has forgotten what its window of {self.window} had passed"
+            )
+        self.length = kept
         for sequence in range(self.cache.batch):
-            self.cache.truncate(sequence, self.length)
+            self.cache.truncate(sequence, kept - self.forgotten)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -166,9 +200,9 @@ class CachedStates(torch.Tensor):
         return f"CachedStates({self.side!r}, {tuple(self.shape)}, {self.layer.cache})"
 
     def dequantized(self) -> Tensor:
-        """A dequantized copy."""
-        k, v = self.layer.cache.dense(self.dtype, self.shape[2])
-        return k if self.side == "k" else v
+        """A dequantized copy; forgotten tokens are zeros."""
+        k, v = self.layer.cache.dense(self.dtype, self.shape[2] - self.layer.forgotten)
+        return F.pad(k if self.side == "k" else v, (0, 0, self.layer.forgotten, 0))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

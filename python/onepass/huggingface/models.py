@@ -1,4 +1,5 @@
-"""Attention classes for models that do not call transformers' attention interface: GPT-J, Falcon, BLOOM and MPT.
+"""Attention classes for models that do not call transformers' attention interface: Falcon, BLOOM, MPT, and GPT-J before
+transformers 5.24.
 
 Each subclass keeps the weights of the original class and hands queries, keys and values to onepass. GPT-J and Falcon
 look their class up in a table by implementation name. BLOOM and MPT name theirs in the code of their blocks, so that
@@ -27,7 +28,8 @@ _names: set[str] = set()
 def register_models(name: str) -> None:
     """Makes the models of this module accept ``attn_implementation=name``."""
     _names.add(name)
-    modeling_gptj.GPTJ_ATTENTION_CLASSES[name] = OnepassGPTJAttention
+    if hasattr(modeling_gptj, "GPTJ_ATTENTION_CLASSES"):  # gone in 5.24, which calls the interface
+        modeling_gptj.GPTJ_ATTENTION_CLASSES[name] = OnepassGPTJAttention
     modeling_falcon.FALCON_ATTENTION_CLASSES[name] = OnepassFalconAttention
     modeling_bloom.BloomAttention = OnepassBloomAttention
     modeling_mpt.MptAttention = OnepassMptAttention
@@ -124,20 +126,20 @@ class OnepassMptAttention(modeling_mpt.MptAttention):
         self,
         hidden_states: Tensor,
         position_bias: Tensor | None,
-        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if self.config._attn_implementation not in _names:
-            return super().forward(hidden_states, position_bias, past_key_values, attention_mask, **kwargs)
+            return super().forward(hidden_states, position_bias, attention_mask=attention_mask, **kwargs)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # renamed in transformers 5.24
         mixed = self.Wqkv(hidden_states)
         if self.clip_qkv:
             mixed = mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         query, key, value = (
             x.unflatten(2, (self.n_heads, self.head_dim)).transpose(1, 2) for x in mixed.chunk(3, dim=2)
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if position_bias is not None:
             position_bias = position_bias[None, :, :, max(0, position_bias.shape[-1] - key.shape[2]) :]
         out, _ = onepass_attention(
