@@ -20,8 +20,13 @@ struct DecodeConfig {
   static constexpr int kTokens = kRowBytes > 128 || kColumnTiles > 1 ? 16 : 32;  // of a unit
   static constexpr int kTokenTiles = kTokens / 16;
   // Of the channels, loaded one after the other: registers hold 8 KB of K and of V, or 2 KB beside outputs of 128
-  // registers.
-  static constexpr int kSliceBytes = kColumnTiles * kHeadDim > 256 ? 2048 : kPlain ? 8192 : 4096;
+  // registers. Before sm_90 the compiler spills there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kLeastSliceBytes = kPlain || kBytes ? 2048 : 1024;
+#else
+  static constexpr int kLeastSliceBytes = 2048;
+#endif
+  static constexpr int kSliceBytes = kColumnTiles * kHeadDim > 256 ? kLeastSliceBytes : kPlain ? 8192 : 4096;
   static constexpr int kSlices = std::max(1, kTokens* kRowBytes / kSliceBytes);
   static constexpr int kKeyPieces = kRowBytes / 64 / kSlices;                 // 16 bytes of a row, a lane and slice
   static constexpr int kValueBytes = std::min(16, kRowBytes / 8 / kSlices);   // of a piece
