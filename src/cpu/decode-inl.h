@@ -44,11 +44,31 @@ inline constexpr int kAccumulators = 16, kHeldVectors = 8;
 // instruction, and at strides of 4 KB (16 keys of 256 bytes) reads half as fast.
 inline constexpr int kOneRowKeys = 4;
 
+// What queries, weights and their units may be in fixed point, so that units and their inverses are normal.
+inline constexpr float kLargestFixed = 1e30f, kSmallestFixed = 1e-30f;
+
+// The largest magnitude of a query of whole vectors. 0 when it has no fixed-point form: not finite, or out of all
+// proportion.
+inline float largest_of_query(const float* query, std::int64_t dim) {
+  const FloatTag f;
+  const Floats limit = hn::Set(f, kLargestFixed);
+  Floats largest = hn::Zero(f);
+  auto good = hn::Eq(largest, largest);
+  for (std::int64_t d = 0; d < dim; d += kLanes) {
+    const Floats magnitude = hn::Abs(hn::LoadU(f, query + d));
+    good = hn::And(good, hn::Le(magnitude, limit));
+    largest = hn::Max(largest, magnitude);
+  }
+  if (!hn::AllTrue(f, good)) return 0.0f;
+  const float all = hn::GetLane(hn::MaxOfLanes(f, largest));
+  return all < kSmallestFixed ? 0.0f : all;
+}
+
 // Adds neighbours: E partial sums a row in each of kCount vectors → kCount/E vectors of E keys each.
-template <int kCount, int kPartials>
-HWY_INLINE void add_partials(Floats* v) {
+template <int kCount, int kPartials, class Sum>
+HWY_INLINE void add_partials(Sum* v) {
   if constexpr (kPartials > 1) {
-    const FloatTag f;
+    const hn::DFromV<Sum> f;
     HWY_UNROLL(8)
     for (int i = 0; i < kCount / 2; ++i) {
       v[i] = hn::Add(hn::ConcatEven(f, v[2 * i + 1], v[2 * i]), hn::ConcatOdd(f, v[2 * i + 1], v[2 * i]));

@@ -91,12 +91,8 @@ class ByteProducts {
 
   // Row r of the queries. False when it has no fixed-point form: not finite, or out of all proportion.
   bool pack_query(std::int64_t r, const float* query) {
-    float largest = 0.0f;
-    for (std::int64_t d = 0; d < dim_; ++d) {
-      if (!(std::fabs(query[d]) <= kLargestQuery)) return false;
-      largest = std::max(largest, std::fabs(query[d]));
-    }
-    if (largest < kSmallest) return false;
+    const float largest = largest_of_query(query, dim_);
+    if (largest == 0.0f) return false;
     const double inverse = kQueryOne / double{largest};
     std::int64_t sums[kDigits][kPartials] = {};
     for (std::int64_t d = 0; d < dim_; ++d) {
@@ -140,7 +136,7 @@ class ByteProducts {
     Floats largest = hn::Zero(f);
     for (std::int64_t i = 0; i < kDecodeKeys * kRows; i += kLanes) {
       const Floats w = hn::Load(f, weights + i);
-      good = hn::And(good, hn::And(hn::Ge(w, hn::Zero(f)), hn::Lt(w, hn::Set(f, kLargestWeight))));
+      good = hn::And(good, hn::And(hn::Ge(w, hn::Zero(f)), hn::Lt(w, hn::Set(f, kLargestFixed))));
       largest = hn::Max(largest, w);
     }
     if (!hn::AllTrue(f, good)) return false;
@@ -149,7 +145,7 @@ class ByteProducts {
     for (std::int64_t r = 0; r < kRows; ++r) {
       float row = 0.0f;
       for (std::int64_t e = 0; e < kPartials; ++e) row = std::max(row, lanes[e * kRows + r]);
-      if (row != 0.0f && row < kSmallest) return false;
+      if (row != 0.0f && row < kSmallestFixed) return false;
       const float inverse = row == 0.0f ? 0.0f : kWeightOne / row;
       for (std::int64_t e = 0; e < kPartials; ++e) s_.weight_inverse[e * kRows + r] = inverse;
       s_.weight_unit[r] = row / kWeightOne;
@@ -170,7 +166,6 @@ class ByteProducts {
   static constexpr int kScoreKeys = 8;  // 24 accumulators
   static constexpr double kQueryOne = kDigits == 3 ? 127.0 * 65536.0 : 127.0 * 256.0;
   static constexpr float kWeightOne = kDigits == 3 ? 0xFFFFF0 : 0xFFFE;  // below 2²⁴ or 2¹⁶ after rounding
-  static constexpr float kLargestQuery = 1e30f, kLargestWeight = 1e30f, kSmallest = 1e-30f;
 
   static HWY_INLINE hn::Vec<ByteVector> broadcast_channels(const std::uint8_t* p) {
     const ByteVector bytes;

@@ -1,7 +1,8 @@
-// cpu/decode_pairs-inl.h: both products of few bfloat16 query rows with a bfloat16 or float8 cache in pairs, where the
-// processor multiplies those (AVX-512 BF16: 32 products an instruction, float32 sums). Products of stored elements and
-// queries are exact: float8 is looked up as bfloat16, its NaN and subnormals too. Weights are rounded to bfloat16, as
-// the output is. Nothing becomes a float32 on the way, which takes as long as the products do.
+// cpu/decode_pairs-inl.h: both products of few bfloat16 query rows with a bfloat16, float8 or int8 cache in pairs,
+// where the processor multiplies those (AVX-512 BF16: 32 products an instruction, float32 sums). Products of stored
+// elements and queries are exact: float8 is looked up as bfloat16, its NaN and subnormals too; keys of int8 meet
+// queries in 16-bit fixed point, more than bfloat16 holds. Weights are rounded to bfloat16, as the output is. Nothing
+// becomes a float32 on the way, which takes as long as the products do.
 #if defined(ONEPASS_CPU_DECODE_PAIRS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef ONEPASS_CPU_DECODE_PAIRS_INL_H_
 #undef ONEPASS_CPU_DECODE_PAIRS_INL_H_
@@ -9,38 +10,13 @@
 #define ONEPASS_CPU_DECODE_PAIRS_INL_H_
 #endif
 
-#include <bit>
+#include <array>
 
 #include "cpu/arena.h"
-#include "cpu/decode-inl.h"
+#include "cpu/decode_pair_codes-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace onepass::cpu::HWY_NAMESPACE {
-
-// In the tier; processors with AVX-512 may still lack it, or have it at half the FMA's product rate (Sapphire Rapids,
-// measured: no gain over floats). Zen 5 has twice the FMA's.
-inline constexpr bool kHasPairDot = HWY_TARGET == HWY_AVX3;
-inline bool has_pair_dot() {
-  if constexpr (!kHasPairDot) return false;
-  static const bool present =
-      __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-  return present;
-}
-
-// Storage that multiplies as pairs.
-template <class T>
-inline constexpr bool kPairStorage =
-    std::is_same_v<T, BFloat16> || std::is_same_v<T, Float8E4M3> || std::is_same_v<T, Float8E5M2>;
-
-inline constexpr std::int64_t kPairUnit = 32;  // channels that two vectors of pairs of keys hold
-
-// Position s of the output as the second product leaves it: interleaving takes the four quarters of a register apart.
-template <class T>
-std::int64_t pair_channel(std::int64_t s) {
-  const std::int64_t unit = s / kPairUnit, vector = s % kPairUnit / 16, quarter = s % 16 / 4, i = s % 4;
-  if constexpr (sizeof(T) == 2) return unit * kPairUnit + 8 * quarter + 4 * vector + i;
-  return unit / 2 * 64 + 16 * quarter + unit % 2 * 8 + 4 * vector + i;
-}
 
 struct PairState {
   static constexpr std::int64_t kKeyStride = 512 + kPairUnit;  // odd in cache lines
@@ -48,103 +24,17 @@ struct PairState {
   std::uint16_t* q;      // [8 channels][tile of 4 rows][row][8 channels]; one row: [channel]
   std::uint16_t* keys;   // float8 only: [key][kKeyStride]
   std::uint32_t* words;  // [pair of keys][row]: their weights
+  float* q_unit;         // int8 only: [tile of 4 rows][key of 4][row]
 
   void take(Arena& arena, std::int64_t dim) {
     q = arena.take<std::uint16_t>(dim * kLanes);
     keys = arena.take<std::uint16_t>(kConvertedKeys * kKeyStride);
     words = arena.take<std::uint32_t>(kDecodeKeys / 2 * kLanes);
+    q_unit = arena.take<float>(4 * kLanes);
   }
 };
 
 #if HWY_TARGET == HWY_AVX3
-
-using PairVector = hn::Repartition<std::uint16_t, FloatTag>;
-using Bytes = hn::Vec<ByteVector>;
-using Pairs = hn::Vec<PairVector>;
-
-// sum += a pair's two products a lane. Inline assembly, so that the tier's other code may not use the extension.
-HWY_INLINE void add_pair_dot(Pairs a, Pairs b, Floats& sum) {
-  const __m512i first = a.raw, second = b.raw;
-  __m512 total = sum.raw;
-  asm("vdpbf16ps %[b], %[a], %[sum]" : [sum] "+v"(total) : [a] "v"(first), [b] "v"(second));
-  sum.raw = total;
-}
-
-// 32 floats rounded to bfloat16: those of `low`, then those of `high`.
-HWY_INLINE Pairs round_to_pairs(Floats high, Floats low) {
-  Pairs pairs;
-  asm("vcvtne2ps2bf16 %[low], %[high], %[pairs]" : [pairs] "=v"(pairs.raw) : [low] "v"(low.raw), [high] "v"(high.raw));
-  return pairs;
-}
-
-// table[code & 127] of 128 bytes.
-HWY_INLINE Bytes look_up(Bytes codes, Bytes first_half, Bytes second_half) {
-  asm("vpermi2b %[second], %[first], %[codes]"
-      : [codes] "+v"(codes.raw)
-      : [first] "v"(first_half.raw), [second] "v"(second_half.raw));
-  return codes;
-}
-
-// The bfloat16 of every float8 code without its sign, low bytes and high bytes apart.
-struct CodeBytes {
-  alignas(64) std::uint8_t low[128], high[128];
-};
-template <class T>
-const CodeBytes& code_bytes() {
-  static const CodeBytes all = [] {
-    CodeBytes bytes;
-    for (int code = 0; code < 128; ++code) {
-      const auto bits = std::bit_cast<std::uint32_t>(to_float(T{static_cast<std::uint8_t>(code)}));
-      bytes.low[code] = static_cast<std::uint8_t>(bits >> 16);
-      bytes.high[code] = static_cast<std::uint8_t>(bits >> 24);
-    }
-    return bytes;
-  }();
-  return all;
-}
-
-// Two vectors of pairs of one register of codes, or of two registers of bfloat16.
-template <class T>
-struct WidenCodes {
-  Bytes low[2], high[2];
-
-  WidenCodes() {
-    const ByteVector bytes;
-    const CodeBytes& all = code_bytes<T>();
-    for (int i = 0; i < 2; ++i) low[i] = hn::Load(bytes, all.low + 64 * i);
-    for (int i = 0; i < 2; ++i) high[i] = hn::Load(bytes, all.high + 64 * i);
-  }
-
-  // The lower eight codes of every 16 as bfloat16 in v[0], the upper ones in v[1].
-  HWY_INLINE void operator()(Bytes codes, Pairs* v) const {
-    const ByteVector bytes;
-    const Bytes l = look_up(codes, low[0], low[1]);
-    const Bytes h = hn::OrAnd(look_up(codes, high[0], high[1]), codes, hn::Set(bytes, std::uint8_t{0x80}));
-    v[0] = hn::BitCast(PairVector(), hn::InterleaveLower(bytes, l, h));
-    v[1] = hn::BitCast(PairVector(), hn::InterleaveUpper(bytes, l, h));
-  }
-
-  // Positions [kOffset, kOffset + 32) of two rows, each position's two elements side by side.
-  template <int kOffset>
-  HWY_INLINE void pair_rows(const T* a, const T* b, Pairs* v) const {
-    const ByteVector bytes;
-    const auto first = hn::LoadU(bytes, reinterpret_cast<const std::uint8_t*>(a + kOffset / 64 * 64));
-    const auto second = hn::LoadU(bytes, reinterpret_cast<const std::uint8_t*>(b + kOffset / 64 * 64));
-    (*this)(kOffset % 64 == 0 ? hn::InterleaveLower(bytes, first, second) : hn::InterleaveUpper(bytes, first, second),
-            v);
-  }
-};
-template <>
-struct WidenCodes<BFloat16> {
-  template <int kOffset>
-  HWY_INLINE void pair_rows(const BFloat16* a, const BFloat16* b, Pairs* v) const {
-    const PairVector pairs;
-    const auto first = hn::LoadU(pairs, reinterpret_cast<const std::uint16_t*>(a + kOffset));
-    const auto second = hn::LoadU(pairs, reinterpret_cast<const std::uint16_t*>(b + kOffset));
-    v[0] = hn::InterleaveLower(pairs, first, second);
-    v[1] = hn::InterleaveUpper(pairs, first, second);
-  }
-};
 
 // `T` stored element, `kRows` rows of the tile.
 template <class T, int kRows>
@@ -153,7 +43,9 @@ class PairProducts {
   static constexpr int kTiles = (kRows + 3) / 4;          // of 4 rows
   static constexpr int kRowPart = kRows < 8 ? kRows : 8;  // rows of a pass of the second product
   static constexpr int kUnits = kRows == 1 ? 4 : kRows == 4 ? 2 : 1;  // of a pass of the second product
-  static constexpr bool kCodes = sizeof(T) == 1;
+  static constexpr bool kIntegers = std::is_same_v<T, std::int8_t>;
+  using Key = std::conditional_t<kIntegers, T, std::uint16_t>;
+  using Sum = PairSum<T>;  // of the first product
 
  public:
   PairProducts(const PairState& state, std::int64_t dim, std::int64_t dim_v) : s_(state), dim_(dim), dim_v_(dim_v) {}
@@ -163,38 +55,64 @@ class PairProducts {
     return dim % kChunk == 0 && dim_v % kChunk == 0;
   }
 
-  // Row r of the queries. False when it is not exactly bfloat16.
+  // Row r of the queries. False when it is not exactly bfloat16, or has no fixed-point form.
   bool pack_query(std::int64_t r, const float* query) {
-    for (std::int64_t d = 0; d < dim_; ++d) {
-      std::uint32_t bits;
-      std::memcpy(&bits, query + d, sizeof(bits));
-      if ((bits & 0xFFFFu) != 0) return false;
-      const std::int64_t at = kRows == 1 ? d : (d / kStep * kRows + r) * kStep + d % kStep;
-      s_.q[at] = static_cast<std::uint16_t>(bits >> 16);
+    const FloatTag f;
+    const WordTag w;
+    Floats inverse = hn::Zero(f);
+    if constexpr (kIntegers) {
+      const float largest = largest_of_query(query, dim_);
+      if (largest == 0.0f) return false;
+      inverse = hn::Set(f, kOne / largest);
+      for (std::int64_t key = 0; key < 4; ++key) s_.q_unit[r / 4 * kLanes + key * 4 + r % 4] = largest / kOne;
     }
-    return true;
+    auto lost = hn::Zero(w);
+    for (std::int64_t d = 0; d < dim_; d += kLanes) {
+      const Floats from = hn::LoadU(f, query + d);
+      hn::Vec<WordTag> words;
+      if constexpr (kIntegers) {
+        words = hn::BitCast(w, hn::NearestInt(hn::Mul(from, inverse)));
+      } else {
+        const auto bits = hn::BitCast(w, from);
+        lost = hn::Or(lost, hn::And(bits, hn::Set(w, 0xFFFFu)));
+        words = hn::ShiftRight<16>(bits);
+      }
+      HWY_ALIGN std::uint16_t halves[kLanes];
+      const hn::Rebind<std::uint16_t, WordTag> half;
+      hn::Store(hn::TruncateTo(half, words), half, halves);
+      for (std::int64_t i = 0; i < kLanes; i += kStep) {
+        std::copy_n(halves + i, kStep, s_.q + (kRows == 1 ? d + i : ((d + i) / kStep * kRows + r) * kStep));
+      }
+    }
+    return hn::AllTrue(w, hn::Eq(lost, hn::Zero(w)));
   }
 
-  // scores[key][row] for kConvertedKeys keys.
-  void score(const T* const* rows, LineFetcher ahead, float* HWY_RESTRICT scores) const {
-    const std::uint16_t* keys[kConvertedKeys];
-    if constexpr (kCodes) {
+  // scores[key][row] for kConvertedKeys keys. int8: times factors[key].
+  void score(const T* const* rows, const float* factors, LineFetcher ahead, float* HWY_RESTRICT scores) const {
+    const Key* keys[kConvertedKeys];
+    if constexpr (kFloat8<T>) {
       widen_keys(rows);
       for (std::int64_t i = 0; i < kConvertedKeys; ++i) keys[i] = s_.keys + i * PairState::kKeyStride;
     } else {
-      for (std::int64_t i = 0; i < kConvertedKeys; ++i) keys[i] = reinterpret_cast<const std::uint16_t*>(rows[i]);
+      for (std::int64_t i = 0; i < kConvertedKeys; ++i) keys[i] = reinterpret_cast<const Key*>(rows[i]);
     }
     if constexpr (kRows == 1) {
       score_one(keys, ahead, scores);
     } else {
-      for (std::int64_t i = 0; i < kConvertedKeys; i += kScoreKeys) score_some(keys + i, ahead, scores + i * kRows);
+      for (std::int64_t i = 0; i < kConvertedKeys; i += kScoreKeys)
+        score_some(keys, i, factors, ahead, scores + i * kRows);
     }
   }
 
-  // out[row][position] += Σ_key weight·v[key] for a block's keys, `at_once` of them before the next are read.
-  void add_values(const T* const* rows, const float* weights, std::int64_t at_once, float* HWY_RESTRICT out,
-                  LineFetcher ahead) const {
-    write_words(weights);
+  // out[row][position] += Σ_key weight·v[key] for a block's keys, `at_once` of them before the next are read. Weights
+  // are yet to be multiplied by factors[key], where these are given.
+  void add_values(const T* const* rows, const float* weights, const float* factors, std::int64_t at_once,
+                  float* HWY_RESTRICT out, LineFetcher ahead) const {
+    if (factors != nullptr) {
+      write_words<true>(weights, factors);
+    } else {
+      write_words<false>(weights, nullptr);
+    }
     constexpr std::int64_t kPass = kUnits * kPairUnit;
     for (std::int64_t key = 0; key < kDecodeKeys; key += at_once) {
       const KeyRange keys{key, std::min(key + at_once, kDecodeKeys)};
@@ -205,6 +123,9 @@ class PairProducts {
   }
 
  private:
+  // The largest query: sums of 512 products with up to 128 fit 32 bits.
+  static constexpr float kOne = 32767.0f;
+
   // 16 accumulators: the instruction takes six clocks and starts twice in one.
   static constexpr int kScoreKeys = kRows == 16 ? 4 : 8, kChains = 16 / (kScoreKeys * kTiles);
 
@@ -231,7 +152,7 @@ class PairProducts {
 
   // Key after key, so that rows are read as they lie.
   template <int kVectors>
-  HWY_INLINE void add_channels(const std::uint16_t* const* keys, std::int64_t d, LineFetcher& ahead,
+  HWY_INLINE void add_channels(const Key* const* keys, std::int64_t d, LineFetcher& ahead,
                                Floats* HWY_RESTRICT sums) const {
     const PairVector pairs;
     Pairs q[kVectors];
@@ -242,11 +163,11 @@ class PairProducts {
       for (int n = i; n < i + kOneRowKeys; ++n) {
         ahead.keep_pace<kVectors * kPairUnit * sizeof(T)>(n);
         HWY_UNROLL(4)
-        for (int j = 0; j < kVectors; ++j) add_pair_dot(hn::LoadU(pairs, keys[n] + d + j * kPairUnit), q[j], sums[n]);
+        for (int j = 0; j < kVectors; ++j) add_pair_dot(load_pairs(keys[n] + d + j * kPairUnit), q[j], sums[n]);
       }
     }
   }
-  HWY_NOINLINE void score_one(const std::uint16_t* const* keys, LineFetcher ahead, float* HWY_RESTRICT scores) const {
+  HWY_NOINLINE void score_one(const Key* const* keys, LineFetcher ahead, float* HWY_RESTRICT scores) const {
     const FloatTag f;
     Floats sums[kConvertedKeys];
     HWY_UNROLL(16)
@@ -259,16 +180,16 @@ class PairProducts {
   }
 
   // sums[chain][tile][key]: eight channels of a key are loaded once for all tiles of rows.
-  HWY_NOINLINE void score_some(const std::uint16_t* const* keys, LineFetcher& fetcher,
+  HWY_NOINLINE void score_some(const Key* const* keys, std::int64_t key, const float* factors, LineFetcher& fetcher,
                                float* HWY_RESTRICT scores) const {
     const PairVector pairs;
     LineFetcher ahead = fetcher;
-    const std::uint16_t* at[kScoreKeys];
+    const Key* at[kScoreKeys];
     HWY_UNROLL(8)
-    for (int i = 0; i < kScoreKeys; ++i) at[i] = keys[i];
-    Floats sums[kChains * kTiles * kScoreKeys];
+    for (int i = 0; i < kScoreKeys; ++i) at[i] = keys[key + i];
+    Sum sums[kChains * kTiles * kScoreKeys];
     HWY_UNROLL(16)
-    for (int i = 0; i < kChains * kTiles * kScoreKeys; ++i) sums[i] = hn::Zero(FloatTag());
+    for (int i = 0; i < kChains * kTiles * kScoreKeys; ++i) sums[i] = hn::Zero(hn::DFromV<Sum>());
     for (std::int64_t d = 0; d < dim_; d += kChains * kStep) {
       ahead.keep_pace<kScoreKeys * kChains * kStep * sizeof(T)>(d / (kChains * kStep));
       HWY_UNROLL(2)
@@ -279,7 +200,7 @@ class PairProducts {
         for (int t = 0; t < kTiles; ++t) q[t] = hn::Load(pairs, s_.q + step * kRows + t * 4 * kStep);
         HWY_UNROLL(8)
         for (int i = 0; i < kScoreKeys; ++i) {
-          const Pairs k = hn::LoadDup128(pairs, at[i] + step);
+          const Pairs k = broadcast_pairs(at[i] + step);
           HWY_UNROLL(4)
           for (int t = 0; t < kTiles; ++t) add_pair_dot(k, q[t], sums[(chain * kTiles + t) * kScoreKeys + i]);
         }
@@ -291,7 +212,30 @@ class PairProducts {
       for (int i = 0; i < kTiles * kScoreKeys; ++i) sums[i] = hn::Add(sums[i], sums[kTiles * kScoreKeys + i]);
     }
     add_partials<kTiles * kScoreKeys, 4>(sums);
-    store_scores(sums, scores);
+    constexpr int kOfTile = kScoreKeys / 4;
+    Floats joined[kTiles * kOfTile];
+    HWY_UNROLL(4)
+    for (int i = 0; i < kTiles * kOfTile; ++i) {
+      joined[i] = to_floats(sums[i]);
+      if constexpr (kIntegers) {
+        const Floats unit = hn::Load(FloatTag(), s_.q_unit + i / kOfTile * kLanes);
+        joined[i] = hn::Mul(joined[i], hn::Mul(unit, factors_of<4>(factors, key + i % kOfTile * 4)));
+      }
+    }
+    store_scores(joined, scores);
+  }
+
+  // Those of kLanes / kCount keys from `key` on, each in kCount lanes. Loads are aligned as the stores were, just
+  // before: across two of these they would wait.
+  template <int kCount>
+  static HWY_INLINE Floats factors_of(const float* factors, std::int64_t key) {
+    HWY_ALIGN static constexpr auto kKeys = [] {
+      std::array<std::int32_t, kLanes> keys{};
+      for (int lane = 0; lane < kLanes; ++lane) keys[lane] = lane / kCount;
+      return keys;
+    }();
+    const Ints keys = hn::Add(hn::Load(IntTag(), kKeys.data()), hn::Set(IntTag(), static_cast<int>(key % kLanes)));
+    return Floats{_mm512_permutexvar_ps(keys.raw, hn::Load(FloatTag(), factors + key / kLanes * kLanes).raw)};
   }
 
   // Vectors of 4 keys × 4 rows, tile after tile → [key][row].
@@ -322,7 +266,8 @@ class PairProducts {
   }
 
   // A pair is two keys behind each other.
-  HWY_NOINLINE void write_words(const float* HWY_RESTRICT weights) const {
+  template <bool kScaled>
+  HWY_NOINLINE void write_words(const float* HWY_RESTRICT weights, const float* HWY_RESTRICT factors) const {
     const FloatTag f;
     HWY_ALIGN std::uint16_t from[32];
     for (int i = 0; i < 32; ++i) {
@@ -331,8 +276,12 @@ class PairProducts {
     }
     const __m512i turns = _mm512_load_si512(from);
     for (std::int64_t i = 0; i < kDecodeKeys * kRows; i += 2 * kLanes) {
-      const Pairs halves = round_to_pairs(hn::Load(f, weights + i + kLanes), hn::Load(f, weights + i));
-      const Pairs words{_mm512_permutexvar_epi16(turns, halves.raw)};
+      Floats low = hn::Load(f, weights + i), high = hn::Load(f, weights + i + kLanes);
+      if constexpr (kScaled) {
+        low = hn::Mul(low, factors_of<kRows>(factors, i / kRows));
+        high = hn::Mul(high, factors_of<kRows>(factors, (i + kLanes) / kRows));
+      }
+      const Pairs words{_mm512_permutexvar_epi16(turns, round_to_pairs(high, low).raw)};
       hn::Store(hn::BitCast(WordTag(), words), WordTag(), s_.words + i / 2);
     }
   }
@@ -341,7 +290,7 @@ class PairProducts {
   HWY_INLINE void add_rows(const T* const* rows, KeyRange keys, std::int64_t position, float* HWY_RESTRICT out,
                            LineFetcher& ahead) const {
     for (std::int64_t row = 0; row < kRows; row += kRowPart) {
-      if (kCodes && position % 64 != 0) {
+      if (kCodes<T> && position % 64 != 0) {
         add_some<kCount, 32>(rows, keys, position - 32, row, out, ahead);
       } else {
         add_some<kCount, 0>(rows, keys, position, row, out, ahead);

@@ -19,7 +19,8 @@ class DecodeProducts {
   using Tile = DecodeTile<kRows>;
   static constexpr std::int64_t kPartials = Tile::kPartials;
   static constexpr bool kBytes = kHasByteDot && std::is_same_v<T, std::int8_t> && kRows > 1;
-  static constexpr bool kPairs = kHasPairDot && kPairStorage<T>;
+  // One row of int8 is bound by memory, which floats read a little faster (docs/kv-cache.md).
+  static constexpr bool kPairs = kHasPairDot && kPairStorage<T> && (!std::is_same_v<T, std::int8_t> || kRows > 1);
 
  public:
   DecodeProducts(const CachedProblem& problem, const Problem& queries, const ScoreTerms& terms, const CachedTask& task,
@@ -55,8 +56,12 @@ class DecodeProducts {
     std::int64_t key_at(std::int64_t i) const { return std::clamp(keys.first + i, keys.begin, keys.end - 1); }
   };
 
-  // Products of a block, scaled by nothing yet.
-  void multiply_keys_by_queries(const Block& block, float* scores) {
+  // Whether the products take scales of keys in passing, for as good as nothing: a pass of their own over scores or
+  // weights takes three clocks a vector.
+  bool takes_factors() const { return std::is_same_v<T, std::int8_t> && k_.order == ChannelOrder::kPairs; }
+
+  // Products of a block; times factors[key], when they take them.
+  void multiply_keys_by_queries(const Block& block, const float* factors, float* scores) {
     if constexpr (kBytes) {
       if (k_.order == ChannelOrder::kBytes) {
         return with_byte_products([&](const auto& products) {
@@ -69,7 +74,7 @@ class DecodeProducts {
     if constexpr (kPairs) {
       if (k_.order == ChannelOrder::kPairs) {
         for (std::int64_t first = 0; first < kDecodeKeys; first += kConvertedKeys) {
-          pair_products().score(block.rows + first, lines_ahead(k_, s_.k_rows, block.at + first),
+          pair_products().score(block.rows + first, factors + first, lines_ahead(k_, s_.k_rows, block.at + first),
                                 scores + first * kRows);
         }
         return;
@@ -96,10 +101,11 @@ class DecodeProducts {
   }
 
   // Adds a block of values, of which [first, first + count) count: all kDecodeKeys may be read, the others' weights
-  // are 0. Their keys are key_at(i). hidden: some weights are 0 because the row does not see the key.
+  // are 0. Their keys are key_at(i). hidden: some weights are 0 because the row does not see the key. factors: what
+  // weights are yet to be multiplied by, or none.
   template <class KeyAt, class Sees>
-  void add_block(const T* const* rows, std::int64_t first, std::int64_t count, const float* weights, bool hidden,
-                 LineFetcher ahead, const KeyAt& key_at, const Sees& sees) {
+  void add_block(const T* const* rows, std::int64_t first, std::int64_t count, const float* weights,
+                 const float* factors, bool hidden, LineFetcher ahead, const KeyAt& key_at, const Sees& sees) {
     if constexpr (kBytes) {
       if (v_.order == ChannelOrder::kBytes && with_byte_products([&](auto products) {
             if (!products.pack_weights(weights)) return false;
@@ -111,10 +117,10 @@ class DecodeProducts {
     }
     if constexpr (kPairs) {
       if (v_.order == ChannelOrder::kPairs) {
-        // A value that is not finite and has a weight of 0 shows in the sums.
-        const bool retractable = hidden || count < kDecodeKeys;
+        // A value that is not finite and has a weight of 0 shows in the sums. No integer is that.
+        const bool retractable = !std::is_same_v<T, std::int8_t> && (hidden || count < kDecodeKeys);
         if (retractable) std::copy_n(s_.out, kRows * v_.positions, s_.out_before);
-        pair_products().add_values(rows, weights, v_.keys_ahead<T, kRows>(), s_.out, ahead);
+        pair_products().add_values(rows, weights, factors, v_.keys_ahead<T, kRows>(), s_.out, ahead);
         if (!retractable || all_finite(Broadcast{s_.out, v_.positions}, kRows, v_.positions)) return;
         std::copy_n(s_.out_before, kRows * v_.positions, s_.out);
       }
@@ -148,11 +154,11 @@ class DecodeProducts {
   }
 
   void pack_queries() {
-    if constexpr (kBytes) {
-      if (use_bytes()) return;
-    }
     if constexpr (kPairs) {
       if (use_pairs()) return;
+    }
+    if constexpr (kBytes) {
+      if (use_bytes()) return;
     }
     const float factor = k_.unpacked() ? Unpack<T>::kFactor : 1.0f;
     for (std::int64_t r = 0; r < kRows; ++r) {
@@ -184,9 +190,9 @@ class DecodeProducts {
     return f(ByteProducts<kRows, 3>(s_.bytes, k_.dim, v_.dim));
   }
 
-  // Products in bfloat16, when queries are that: so the output is.
+  // Products of pairs, when queries are bfloat16: so the output is.
   bool use_pairs() {
-    if (queries_.dtype != DType::kBFloat16 || !has_pair_dot()) return false;
+    if (queries_.dtype != DType::kBFloat16 || !has_pair_dot() || k_.group_scales) return false;
     if (!PairProducts<T, kRows>::takes(k_.dim, v_.dim)) return false;
     PairProducts<T, kRows> products = pair_products();
     for (std::int64_t r = 0; r < kRows; ++r) {

@@ -89,7 +89,7 @@ class DecodeTask : DecodeProducts<T, kRows> {
   }
 
  private:
-  using Products::add_block, Products::lines_ahead, Products::multiply_keys_by_queries;
+  using Products::add_block, Products::lines_ahead, Products::multiply_keys_by_queries, Products::takes_factors;
   using Products::k_, Products::v_, Products::problem_, Products::reader_, Products::s_, Products::terms_,
       Products::tile_;
 
@@ -124,11 +124,10 @@ class DecodeTask : DecodeProducts<T, kRows> {
 
   void score(const Block& block, float* scores) {
     const CacheScale& scale = problem_.cache.k_scale;
-    multiply_keys_by_queries(block, scores);
-    if (scale && !k_.group_scales) {
-      reader_.scales(scale, block.keys, kDecodeKeys, s_.scales);
-      Tile::multiply_keys(s_.scales, scores);
-    }
+    const bool scaled = scale && !k_.group_scales;
+    if (scaled) reader_.scales(scale, block.keys, kDecodeKeys, s_.scales);
+    multiply_keys_by_queries(block, s_.scales, scores);
+    if (scaled && !takes_factors()) Tile::multiply_keys(s_.scales, scores);
     tile_.finish(block.keys.first, {block.keys.begin, block.keys.end}, scores);
   }
 
@@ -158,13 +157,18 @@ class DecodeTask : DecodeProducts<T, kRows> {
     const CacheScale& scale = problem_.cache.v_scale;
     const std::int64_t first = block.keys.begin - block.keys.first, count = block.keys.end - block.keys.begin;
     const bool hidden = !tile_.sees_all(block.keys.begin, count);
+    const float* factors = nullptr;
     if (scale && !v_.group_scales) {
       reader_.scales(scale, block.keys, kDecodeKeys, s_.scales);
-      Tile::multiply_keys(s_.scales, weights);
-      if (hidden) tile_.mask(block.keys.first, 0.0f, weights);  // 0·NaN
+      if (takes_factors() && !hidden) {
+        factors = s_.scales;
+      } else {
+        Tile::multiply_keys(s_.scales, weights);
+        if (hidden) tile_.mask(block.keys.first, 0.0f, weights);  // 0·NaN
+      }
     }
     add_block(
-        block.rows, first, count, weights, hidden, lines_ahead(v_, s_.v_rows, block.at + first),
+        block.rows, first, count, weights, factors, hidden, lines_ahead(v_, s_.v_rows, block.at + first),
         [&](std::int64_t i) { return block.key_at(i); },
         [&](std::int64_t i, std::int64_t r) { return tile_.sees(r, block.keys.first + i); });
   }
@@ -235,7 +239,7 @@ class DecodeTask : DecodeProducts<T, kRows> {
       float* const of_part = weights + first * kRows;
       std::fill(of_part + part * kRows, of_part + kDecodeKeys * kRows, 0.0f);
       add_block(
-          rows + at, 0, part, of_part, /*hidden=*/kRows > 1, lines_ahead(v_, s_.v_rows, at),
+          rows + at, 0, part, of_part, /*factors=*/nullptr, /*hidden=*/kRows > 1, lines_ahead(v_, s_.v_rows, at),
           [&](std::int64_t i) { return kept[first + i]; },
           [&](std::int64_t i, std::int64_t r) { return of_part[i * kRows + r] != 0.0f; });
     }

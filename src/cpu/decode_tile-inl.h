@@ -52,9 +52,13 @@ class DecodeTile {
   // tile[key][row] *= factors[key].
   static void multiply_keys(const float* factors, float* tile) {
     const FloatTag f;
-    const auto spread = hn::IndicesFromVec(f, lane_keys());
+    const Ints lane = lane_keys();
     for (std::int64_t k = 0; k < kTileKeys; ++k) {
-      const Floats factor = hn::TableLookupLanes(hn::LoadU(f, factors + k * kPartials), spread);
+      // Loads aligned as the stores were, just before: across two of these they would wait.
+      const std::int64_t key = k * kPartials;
+      const Ints keys = hn::Add(lane, hn::Set(IntTag(), static_cast<std::int32_t>(key % kLanes)));
+      const Floats aligned = hn::Load(f, factors + key / kLanes * kLanes);
+      const Floats factor = hn::TableLookupLanes(aligned, hn::IndicesFromVec(f, keys));
       hn::Store(hn::Mul(hn::Load(f, tile + k * kLanes), factor), f, tile + k * kLanes);
     }
   }

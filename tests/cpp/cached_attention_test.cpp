@@ -424,6 +424,33 @@ TEST_P(CachedRelations, EveryFloat8CodeCounts) {
   }
 }
 
+// Scales are powers of two, so that every code is stored as it is; −128, which onepass never writes, too.
+TEST_P(CachedRelations, EveryInt8CodeCounts) {
+  for (std::int64_t heads : {1, 3, 4, 8, 16}) {
+    CacheInstance cache({.name = "codes",
+                         .num_heads = heads,
+                         .num_heads_kv = 1,
+                         .lengths = {150},
+                         .queries = {1},
+                         .storage = DType::kInt8,
+                         .granularity = ScaleGranularity::kHead},
+                        GetParam());
+    for (Tensor* side : {&cache.k, &cache.v}) {
+      Values codes = side->load();
+      for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::int8_t>(i * 37 + i / 256);
+      side->store(codes);
+    }
+    for (Tensor* scales : {&cache.k_scale, &cache.v_scale}) {
+      Values values = scales->load();
+      for (std::size_t i = 0; i < values.size(); ++i) values[i] = std::ldexp(1.0, -6 - static_cast<int>(i % 3));
+      scales->store(values);
+    }
+    cache.attend();
+    const Expected want = expected(cache);
+    EXPECT_TRUE(accurate(cache.loaded_out(), want.out, want.naive_out, GetParam().dtype)) << heads << " heads";
+  }
+}
+
 // The same for tokens that were not finite when they were quantized, whose scale is NaN, and for queries.
 TEST_P(CachedRelations, NanScalesAndQueriesReachTheirRows) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
