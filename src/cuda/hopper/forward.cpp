@@ -71,9 +71,9 @@ Plan make_plan(const Problem& p, const PiecewiseProblem* piecewise, const Forwar
     plan.dist_threshold = static_cast<int>(clamped_threshold(*piecewise));
     plan.near_left = near_part(*piecewise).window_left;
     plan.far_right = far_part(*piecewise).window_right;
-    visible = 1;  // the keys of a tile are not split
+  } else {
+    plan.splits = choose_splits(row_tiles * p.num_heads, ceil_div(visible, kernel.keys), multiprocessors);
   }
-  plan.splits = choose_splits(row_tiles * p.num_heads, ceil_div(visible, kernel.keys), multiprocessors);
   const std::int64_t tiles = row_tiles * p.num_heads * plan.splits;
   if (tiles > 0x7FFFFFFF - multiprocessors) {
     throw Error(ErrorCode::kUnsupported,

@@ -102,17 +102,17 @@ class TileStream {
   ONEPASS_DEVICE bool next(std::uint32_t address) {
     index_ = draw();
     const bool found = index_ < plan_.tiles && (problem_.ragged() ? decode_ragged(address) : decode_dense(address));
-    if (!found && first_lane()) store_place(address, {.split = -1});
+    if (!found && is_first_lane()) store_place(address, {.split = -1});
     return found;
   }
 
  private:
-  ONEPASS_DEVICE static bool first_lane() { return threadIdx.x % 32 == 0; }
+  ONEPASS_DEVICE static bool is_first_lane() { return threadIdx.x % 32 == 0; }
 
   ONEPASS_DEVICE int draw() const {
     if (index_ < 0) return static_cast<int>(blockIdx.x);
     if (plan_.tiles <= gridDim.x) return plan_.tiles;  // every CTA has had its only one
-    const int number = first_lane() ? atomicAdd(plan_.counter, 1) : 0;
+    const int number = is_first_lane() ? atomicAdd(plan_.counter, 1) : 0;
     return static_cast<int>(gridDim.x) + __shfl_sync(~0u, number, 0);
   }
 
@@ -184,7 +184,7 @@ class TileStream {
   }
 
   ONEPASS_DEVICE void finish(std::uint32_t address, Tile& tile, const DeviceSequence& s) const {
-    if (first_lane()) store_place(address, tile);
+    if (is_first_lane()) store_place(address, tile);
     tile.query_start = static_cast<int>(s.query_start);
     tile.key_start = static_cast<int>(s.key_start);
     tile.seqlen_q = s.seqlen_q;
@@ -204,7 +204,7 @@ class TileStream {
     }
     tile.first_block = first;
     tile.blocks = end - first;
-    if (first_lane()) store_bounds(address, tile);
+    if (is_first_lane()) store_bounds(address, tile);
   }
 
   const Problem& problem_;
