@@ -131,11 +131,11 @@ def with_gradients(
     result = attention(variables["q"], variables["k"], variables["v"], differentiable, dtype, keep)
     gradients = torch.autograd.grad(result.out, list(variables.values()), dout.to(dtype))
     return replace(
-        result, gradients=dict(zip(variables, gradients, strict=True)), addends=_addends(q, k, v, options, dout)
+        result, gradients=dict(zip(variables, gradients, strict=True)), addends=gradient_addends(q, k, v, options, dout)
     )
 
 
-def _addends(q: Tensor, k: Tensor, v: Tensor, options: Options, dout: Tensor) -> dict[str, float]:
+def gradient_addends(q: Tensor, k: Tensor, v: Tensor, options: Options, dout: Tensor) -> dict[str, float]:
     """The size of what is summed into each gradient. dP − delta may cancel, wholly where a row sees a single key, and
     leaves the rounding of dP = dout·vᵀ.
     """

@@ -23,6 +23,7 @@ struct ForwardConfig {
   static constexpr int kKeys = kKeys_;            // keys of a block
   static constexpr bool kTerms = kScores == Scores::kTerms;
   static constexpr bool kPiecewise = kScores == Scores::kPiecewise;
+  static constexpr int kPairs = kPiecewise ? 2 : 1;
 
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -30,10 +31,11 @@ struct ForwardConfig {
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
 
   static constexpr int kSlabs = (kHeadDim + kSlabColumns - 1) / kSlabColumns;
-  static constexpr int kFarQueryAt = kRows * kSlabs * 128;  // behind the near pair's queries
-  static constexpr int kQueryBytes = kFarQueryAt * (kPiecewise ? 2 : 1);
+  static constexpr int kQueryBytes = kRows * kSlabs * 128;
   static constexpr int kBlockBytes = kKeys * kSlabs * 128;
-  static constexpr int kQuerySlots = kHeadDim <= 128 ? 2 : 1;
+  // A tile has one slot of queries, of piecewise attention one for each pair.
+  static constexpr int kQuerySlots = kPiecewise ? 3 : kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kTileSlots = kPiecewise ? 2 : kQuerySlots;
   static constexpr int kFittingSlots = (kSharedMemoryLimit - 2048 - kQuerySlots * kQueryBytes) / kBlockBytes;
   static constexpr int kBlockSlots = kFittingSlots < 6 ? kFittingSlots / 2 * 2 : 6;
 
@@ -41,8 +43,8 @@ struct ForwardConfig {
   static constexpr int kBlocksAt = kQuerySlots * kQueryBytes;
   static constexpr int kTilesAt = kBlocksAt + kBlockSlots * kBlockBytes;
   static constexpr int kTileBytes = 64 + 32 * kConsumers;  // the tile, then two words of each consumer warp
-  static constexpr int kBarriersAt = kTilesAt + (kQuerySlots + 1) * kTileBytes;
-  static constexpr int kSharedMemory = 1024 + kBarriersAt + 24 * kQuerySlots + 16 * kBlockSlots + 16;
+  static constexpr int kBarriersAt = kTilesAt + (kTileSlots + 1) * kTileBytes;
+  static constexpr int kSharedMemory = 1024 + kBarriersAt + 16 * (kQuerySlots + kTileSlots + kBlockSlots + 1);
 
   static_assert(kBlockSlots >= 4, "K and V need two blocks each");
   static_assert(kSharedMemory <= kSharedMemoryLimit, "shared memory");

@@ -7,11 +7,8 @@
 #pragma once
 
 #include "cuda/common/score.cuh"
+#include "cuda/hopper/epilogue.cuh"
 #include "cuda/hopper/mask.cuh"
-#include "cuda/hopper/not_finite.cuh"
-#include "cuda/hopper/pipeline.cuh"
-#include "cuda/hopper/plan.h"
-#include "cuda/hopper/softmax.cuh"
 #include "cuda/hopper/tile.cuh"
 
 namespace onepass::cuda::hopper {
@@ -31,10 +28,10 @@ class Consumer {
                           const SharedLayout<Config>& shared, int warpgroup)
       : problem_(problem),
         plan_(plan),
-        out_map_(out_map),
         shared_(shared),
-        warpgroup_(warpgroup),
-        unit_(Config::kTerms ? kLog2e : problem.softmax_scale * kLog2e) {}
+        warpgroup_{warpgroup},
+        unit_(Config::kTerms ? kLog2e : problem.softmax_scale * kLog2e),
+        epilogue_(problem, plan, out_map, warpgroup_, unit_) {}
 
   ONEPASS_DEVICE void run() {
     for (;;) {
@@ -48,18 +45,23 @@ class Consumer {
       }
       store_out();
       queries_.advance();
+      if constexpr (Config::kPiecewise) tile_slot_ ^= 1;
     }
-    if (leader()) store_wait_all();
+    if (Warpgroup::leader()) store_wait_all();
   }
 
  private:
   // Notes on the tile: the mask has cut a block; the upper row's maximum (the lower row's: one bit on) was too large
-  // for exponents by FMA; its first attempt went wrong. Apart from mode_, which is uniform over the warpgroup.
+  // for exponents by FMA, or its sum before a new maximum; its first attempt went wrong. Apart from mode_, which is
+  // uniform over the warpgroup.
   static constexpr int kMasked = 1, kExtreme = 2, kBad = 8;
   ONEPASS_DEVICE bool has(TileMode mode) const { return (mode_ & mode) != 0; }
 
-  // Lies in shared memory beside Q until the slot is released; registers are too scarce to keep it.
-  ONEPASS_DEVICE Tile tile() const { return load_tile(shared_.tile(queries_.slot)); }
+  // Lies in shared memory until its queries are released; registers are too scarce to keep it.
+  ONEPASS_DEVICE std::uint32_t tile_address() const {
+    return shared_.tile(Config::kPiecewise ? tile_slot_ : queries_.slot);
+  }
+  ONEPASS_DEVICE Tile tile() const { return load_tile(tile_address()); }
 
   // ---- the tile's loop over blocks --------------------------------------------------------------------------------
   // kQuick: the first attempt without extra terms, see softmax().
@@ -68,69 +70,71 @@ class Consumer {
     state_ = {{kLowestScore<Config::kTerms>, kLowestScore<Config::kTerms>}, {0.0f, 0.0f}};
     mode_ = tile.mode;
     notes_ = 0;
-    const std::uint32_t bad_rows = shared_.tile(queries_.slot) + bad_rows_at();
+    const std::uint32_t bad_rows = tile_address() + bad_rows_at();
     if (has(kCareful)) {
       const uint2 lanes = load_shared_8(bad_rows);
-      notes_ = (lanes.x >> lane() & 1) * kBad | (lanes.y >> lane() & 1) * (kBad << 1);
-    } else if (lane() == 0) {
+      notes_ = (lanes.x >> Warpgroup::lane() & 1) * kBad | (lanes.y >> Warpgroup::lane() & 1) * (kBad << 1);
+    } else if (Warpgroup::lane() == 0) {
       store_shared(bad_rows, make_uint2(0, 0));
     }
-    const int row = tile.row + 64 * warpgroup_;
-    if (tile.blocks == 0 || row >= tile.seqlen_q) {  // nothing to see, or nobody to see it
-      for (int i = 2 * steps_of<Config>(plan_, tile).count; i > 0; --i) release_block(take_block());
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) o_[i] = 0.0f;
-      release_previous_query();
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o_[i] = 0.0f;
+    far_ = false;
     if constexpr (Config::kPiecewise) {
-      attend_to_pairs<kQuick>(tile);
+      clear_out();
+#pragma unroll 1
+      for (;;) {
+        attend_to_blocks<kQuick>(this->tile());
+        if (far_) break;
+        turn_to_far_pair();
+      }
     } else {
       attend_to_blocks<kQuick>(tile);
     }
+    release_previous_query();
   }
 
   template <bool kQuick>
   ONEPASS_DEVICE void attend_to_blocks(const Tile& tile) {
-    // On the causal diagonal and in tails a warpgroup often sees nothing of the tile's last block.
-    first_ = tile.first_block;
-    int last = first_ + tile.blocks - 1;
-    const int end = visible_end(window(), tile, tile.row + 64 * warpgroup_ + 63);
-    const bool skip = tile.blocks > 1 && end <= last * kKeys;
-    if (skip) {
-      release_block(take_block());
-      --last;
+    const Blocks blocks = blocks_of<Config>(plan_, tile, far_);
+    // On the causal diagonal, in windows and tails and between the pairs a warpgroup often sees nothing of the tile's
+    // last or first blocks.
+    const int row = warpgroup_.row(tile.row);
+    const int end = (visible_end(window(), tile, row + 63) + kKeys - 1) / kKeys;
+    const int last = min(end, blocks.end) - 1;
+    first_ = max(visible_begin(window(), tile, row) / kKeys, blocks.begin);
+    if (last < first_ || row >= tile.seqlen_q) {  // nothing to see, or nobody to see it
+      skip_blocks(2 * blocks.count());
+      if constexpr (!Config::kPiecewise) clear_out();
+      return;
     }
+    const int above = blocks.end - 1 - last, below = first_ - blocks.begin;
+    if (above > 0) skip_blocks(2 * above - 1);
     set_clean_keys(tile);
-    first_block<kQuick>(last, skip);
+    first_block<kQuick>(last, above > 0);
     for (int block = last - 1; block >= first_; --block) step<kQuick>(block, block + 1);
+    if (below > 0) skip_blocks(1);
     last_values<kQuick>(first_);
+    if (below > 0) skip_blocks(2 * below - 1);
   }
 
-  template <bool kQuick>
-  ONEPASS_DEVICE void attend_to_pairs(const Tile& tile) {
-    const Steps steps = steps_of<Config>(plan_, tile);
-    far_ = steps.far(0);
-    set_clean_keys(tile);
-    first_block<kQuick>(steps.block(0), false);
-    for (int i = 1; i < steps.count; ++i) {
-      const bool turns = i == steps.near;
-      if (turns) {
-        far_ = true;
-        clean_begin_ = INT_MAX;  // the far pair's scores need maxima of their own
-      }
-      step<kQuick>(steps.block(i), steps.block(i - 1));
-      if (turns) set_clean_keys(this->tile());
-    }
-    last_values<kQuick>(steps.block(steps.count - 1));
+  // volatile: the compiler would clear O before it knows on which path, and keep the tile's first product waiting.
+  ONEPASS_DEVICE void clear_out() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(o_[i]));
+  }
+
+  // Hands the near pair's queries back and waits for the far pair's.
+  ONEPASS_DEVICE void turn_to_far_pair() {
+    warpgroup_.sync();  // every warp has read its part of them
+    if (Warpgroup::leader()) barrier_arrive(shared_.query_empty(queries_.slot));
+    queries_.advance();
+    barrier_wait(shared_.query_full(queries_.slot), queries_.phase);
+    far_ = true;
   }
 
   // Keys that all rows of the warp see, and the row before it: where the first row's keys end with a block that is not
   // the first one, that block must be looked at for the row's maximum.
   ONEPASS_DEVICE void set_clean_keys(const Tile& tile) {
-    const int row = tile.row + 64 * warpgroup_ + 16 * warp();
+    const int row = warpgroup_.warp_row(tile.row);
     clean_begin_ = visible_begin(window(), tile, row + 15);
     clean_end_ = visible_end(window(), tile, row - 1);
   }
@@ -148,15 +152,16 @@ class Consumer {
     return window;
   }
 
-  // skipped: the values of block last + 1 are still to come.
+  // skips: the values of block last + 1 are still to come.
   template <bool kQuick>
-  ONEPASS_DEVICE void first_block(int last, bool skipped) {
+  ONEPASS_DEVICE void first_block(int last, bool skips) {
     const int keys = take_block();
-    issue_scores<Config, kKeys>(s_, scored_query(), shared_.block(keys));
+    issue_scores<Config, kKeys>(s_, query(), shared_.block(keys));
+    if constexpr (!Config::kPiecewise) clear_out();  // beside the product
     release_previous_query();
     wgmma_wait<0>(s_);
     release_block(keys);
-    if (skipped) release_block(take_block());
+    if (skips) skip_blocks(1);
     softmax<true, kQuick>(last, -1);
   }
 
@@ -165,7 +170,7 @@ class Consumer {
   ONEPASS_DEVICE void step(int block, int before) {
     scrub_values<kQuick>(before, blocks_.next());
     const int keys = take_block();
-    issue_scores<Config, kKeys>(s_, scored_query(), shared_.block(keys));
+    issue_scores<Config, kKeys>(s_, query(), shared_.block(keys));
     const int values = take_block();
     issue_values<Config>(o_, p_, shared_.block(values));
     wgmma_wait<1>(s_);
@@ -192,7 +197,7 @@ class Consumer {
     if constexpr (Config::kTerms) add_terms(start);
     if (start < clean_begin_ || start + kKeys > clean_end_) {
       const Tile tile = this->tile();
-      mask_block<kKeys>(s_, window(), tile, lane_row(tile.row), start);
+      mask_block<kKeys>(s_, window(), tile, warpgroup_.lane_row(tile.row), start);
       notes_ |= kMasked;
       rescale = true;
     }
@@ -226,6 +231,8 @@ class Consumer {
     if constexpr (!kFirst) {
       wgmma_wait<0>(o_);
       release_block(values);
+    }
+    if constexpr (!kFirst || Config::kPiecewise) {
       if (rescale) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= alpha[i % 4 / 2];
@@ -241,7 +248,8 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const bool extreme = fabsf(state_.max[r] * unit_) >= kShiftLimit && state_.max[r] > kLowestScore<Config::kTerms>;
-      if (extreme) notes_ |= kExtreme << r;
+      // A sum that has grown too large must not be scaled back into its range: O may have been infinite, or alpha 0.
+      if (extreme || !(state_.sum[r] < kTotalLimit)) notes_ |= kExtreme << r;
     }
   }
 
@@ -256,7 +264,7 @@ class Consumer {
 
   // ---- extra score terms --------------------------------------------------------------------------------------------
   ONEPASS_DEVICE QueryRows element_at(const Tile& tile, int start) const {
-    return {lane_row(tile.row), start + lane() % 4 * 2};
+    return {warpgroup_.lane_row(tile.row), start + Warpgroup::lane() % 4 * 2};
   }
 
   ONEPASS_DEVICE void add_terms(int start) {
@@ -279,17 +287,7 @@ class Consumer {
   }
 
   // ---- slots --------------------------------------------------------------------------------------------------------
-  ONEPASS_DEVICE static int warp() { return threadIdx.x % 128 / 32; }
-  ONEPASS_DEVICE static int lane() { return threadIdx.x % 32; }
-  // The first of the lane's two rows within the sequence.
-  ONEPASS_DEVICE int lane_row(int tile_row) const { return tile_row + 64 * warpgroup_ + 16 * warp() + lane() / 4; }
-  ONEPASS_DEVICE static bool leader() { return threadIdx.x % 128 == 0; }
-  ONEPASS_DEVICE void sync_warpgroup() const { named_barrier_sync(1 + warpgroup_, 128); }
-
-  ONEPASS_DEVICE std::uint32_t query() const { return shared_.query(queries_.slot) + warpgroup_ * (64 * 128); }
-  ONEPASS_DEVICE std::uint32_t scored_query() const {
-    return query() + (Config::kPiecewise && far_ ? Config::kFarQueryAt : 0);
-  }
+  ONEPASS_DEVICE std::uint32_t query() const { return shared_.query(queries_.slot) + warpgroup_.index * (64 * 128); }
 
   // Waits for the ring's next block and returns its slot.
   ONEPASS_DEVICE int take_block() {
@@ -299,7 +297,11 @@ class Consumer {
     return slot;
   }
   ONEPASS_DEVICE void release_block(int slot) const {
-    if (lane() == 0) barrier_arrive(shared_.block_empty(slot));
+    if (Warpgroup::lane() == 0) barrier_arrive(shared_.block_empty(slot));
+  }
+  ONEPASS_DEVICE void skip_blocks(int count) {
+#pragma unroll 1
+    for (; count > 0; --count) release_block(take_block());
   }
 
   // Rows of V beyond the visible keys may hold anything, NaN too, and 0·NaN is NaN: they are cleared before use. Where
@@ -323,14 +325,14 @@ class Consumer {
         const int4 finite = finite_elements<Element>(chunk);
         if (!differ(chunk, finite)) continue;
         // The note first: a consumer that finds the chunk clean must find it, too.
-        min_shared(shared_.tile(queries_.slot) + kFirstBadAt, block);
-        min_shared(shared_.tile(queries_.slot) + kLastBadAt, -block);
+        min_shared(tile_address() + kFirstBadAt, block);
+        min_shared(tile_address() + kLastBadAt, -block);
         __threadfence_block();
         store_shared(values + 16 * i, finite);
       }
     }
     async_proxy_fence();
-    sync_warpgroup();
+    warpgroup_.sync();
   }
 
   // ---- epilogue -----------------------------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ class Consumer {
   // that wait is put off until the next tile's first product is under way.
   ONEPASS_DEVICE void release_previous_query() {
     if constexpr (Config::kQuerySlots > 1) {
-      if (pending_query_ >= 0 && leader()) {
+      if (pending_query_ >= 0 && Warpgroup::leader()) {
         store_wait_read();
         barrier_arrive(shared_.query_empty(pending_query_));
       }
@@ -348,27 +350,19 @@ class Consumer {
 
   ONEPASS_DEVICE void store_out() {
     const Tile tile = this->tile();
-    float scale[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) scale[r] = finish_row(tile, r, lane_row(tile.row) + 8 * r);
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= scale[i % 4 / 2];
+    epilogue_.finish(o_, state_, tile);
     if (!has(kCareful)) look_for_trouble();
 
-    sync_warpgroup();  // every warp has read its part of Q
-    const bool inside = !problem_.ragged() || tile.row + 64 * (warpgroup_ + 1) <= tile.seqlen_q;
-    if (plan_.splits > 1) {
-      store_partial(tile);
-    } else if (plan_.tma_store && inside && !has(kCareful)) {
-      store_by_tma(tile);
-    } else {
-      if (has(kCareful)) wait_for_first_attempt();
-      store_directly(tile);
+    warpgroup_.sync();  // every warp has read its part of Q
+    epilogue_.store(o_, tile, query());
+    if (has(kCareful)) {
+      const int4 notes = load_shared(tile_address() + 48);
+      if (notes.z != INT_MAX) epilogue_.add_not_finite(tile, notes.z * kKeys, (1 - notes.w) * kKeys);
+      warpgroup_.sync();  // every warp has read the notes
     }
-    if (has(kCareful)) add_not_finite(tile);
     if constexpr (Config::kQuerySlots > 1) {
       pending_query_ = queries_.slot;
-    } else if (leader()) {
+    } else if (Warpgroup::leader()) {
       store_wait_read();
       barrier_arrive(shared_.query_empty(queries_.slot));
     }
@@ -391,8 +385,8 @@ class Consumer {
     if (!__any_sync(~0u, found || bad[0] || bad[1])) return;
     // A quad holds a row, so that a bad lane is four.
     const uint2 rows = {spread_over_quads(__ballot_sync(~0u, bad[0])), spread_over_quads(__ballot_sync(~0u, bad[1]))};
-    store_shared(shared_.tile(queries_.slot) + bad_rows_at(), rows);
-    store_shared(shared_.tile(queries_.slot) + kRepeatAt, 1);
+    store_shared(tile_address() + bad_rows_at(), rows);
+    store_shared(tile_address() + kRepeatAt, 1);
   }
 
   ONEPASS_DEVICE static std::uint32_t spread_over_quads(std::uint32_t lanes) {
@@ -400,141 +394,21 @@ class Consumer {
     return (lanes & 0x11111111u) * 0xFu;
   }
 
-  ONEPASS_DEVICE int bad_rows_at() const { return kBadRowsAt + 8 * (4 * warpgroup_ + warp()); }
-
-  // What the first attempt has stored by TMA must have arrived: nothing orders it before ordinary stores.
-  ONEPASS_DEVICE void wait_for_first_attempt() const {
-    if (leader()) store_wait_all();
-    sync_warpgroup();
-  }
-
-  // Adds the infinities and NaNs that were cleared from V to what the warp has stored of the rows that see them.
-  ONEPASS_DEVICE void add_not_finite(const Tile& tile) const {
-    const int4 notes = load_shared(shared_.tile(queries_.slot) + 48);
-    if (notes.z == INT_MAX) return;
-    const int begin = notes.z * kKeys, end = (1 - notes.w) * kKeys;
-    __syncwarp();
-    for (int row = lane_row(tile.row) - lane() / 4, last = min(row + 16, tile.seqlen_q); row < last; ++row) {
-#pragma unroll 1
-      for (int column = lane(); column < problem_.head_dim_v; column += 32) {
-        const float extra = sum_not_finite<Element>(problem_, tile, row, column, begin, end);
-        if (extra == 0.0f) continue;
-        if (plan_.splits > 1) {
-          plan_.partial_out[partial_row(tile, row) * problem_.head_dim_v + column] += extra;
-        } else {
-          Element* const element = out_row(tile, row) + column;
-          *element = from_float<Element>(to_float(*element) + extra);
-        }
-      }
-    }
-  }
-
-  // Completes the row's sum, writes its LSE and returns the factor that turns O into the output.
-  ONEPASS_DEVICE float finish_row(const Tile& tile, int r, int row) {
-    float sum = quad_sum(state_.sum[r]), top = state_.max[r], rescale = 1.0f;
-    const bool empty = sum == 0.0f;  // a row without a visible key stays so, whatever its sink
-    if (problem_.sinks != nullptr && !empty && plan_.splits == 1) {
-      const float sink = load_as_float(problem_.sinks, problem_.sinks_dtype, tile.head) *
-                         (Config::kTerms ? 1.0f : 1.0f / problem_.softmax_scale);
-      const float with_sink = fmaxf(top, sink);
-      rescale = exp2_approx((top - with_sink) * unit_);
-      sum = fmaf(sum, rescale, exp2_approx((sink - with_sink) * unit_));
-      top = with_sink;
-    }
-    const float lse = empty ? -kInfinity : fmaf(top, unit_ * kLn2, log2_approx(sum) * kLn2);
-    if (lane() % 4 == 0 && row < tile.seqlen_q) {
-      if (plan_.splits > 1) {
-        plan_.partial_lse[partial_row(tile, row)] = lse;
-      } else if (problem_.lse) {
-        problem_.lse.template at<float>(batch_index(tile), tile.head, tile.query_start + row) = lse;
-      }
-    }
-    if (empty) return 0.0f;
-    if constexpr (Config::kTerms) {
-      if (problem_.dropout_p > 0.0) rescale *= static_cast<float>(1.0 / (1.0 - problem_.dropout_p));
-    }
-    return rescale / sum;
-  }
-
-  // Ragged tensors have no batch dimension: their tokens count from the total.
-  ONEPASS_DEVICE int batch_index(const Tile& tile) const { return problem_.ragged() ? 0 : tile.batch; }
-
-  ONEPASS_DEVICE std::int64_t partial_row(const Tile& tile, int row) const {
-    const std::int64_t tokens = problem_.ragged() ? problem_.total_q : problem_.seqlen_q;
-    const std::int64_t batches = problem_.ragged() ? 1 : problem_.batch;
-    return ((tile.split * batches + batch_index(tile)) * problem_.num_heads + tile.head) * tokens + tile.query_start +
-           row;
-  }
-
-  ONEPASS_DEVICE void store_partial(const Tile& tile) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = lane_row(tile.row) + 8 * r;
-      if (row >= tile.seqlen_q) continue;
-      float* const to = plan_.partial_out + partial_row(tile, row) * problem_.head_dim_v;
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 8; ++j) {
-        const int column = 8 * j + lane() % 4 * 2;
-        if (column < problem_.head_dim_v) {
-          *reinterpret_cast<float2*>(to + column) = make_float2(o_[4 * j + 2 * r], o_[4 * j + 2 * r + 1]);
-        }
-      }
-    }
-  }
-
-  ONEPASS_DEVICE Element* out_row(const Tile& tile, int row) const {
-    return problem_.out.template row<Element>(batch_index(tile), tile.head, tile.query_start + row);
-  }
-
-  ONEPASS_DEVICE void store_directly(const Tile& tile) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = lane_row(tile.row) + 8 * r;
-      if (row >= tile.seqlen_q) continue;
-      Element* const to = out_row(tile, row);
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 8; ++j) {
-        const int column = 8 * j + lane() % 4 * 2;
-        if (column < problem_.head_dim_v) {
-          *reinterpret_cast<std::uint32_t*>(to + column) = pack<Element>(o_[4 * j + 2 * r], o_[4 * j + 2 * r + 1]);
-        }
-      }
-    }
-  }
-
-  ONEPASS_DEVICE void store_by_tma(const Tile& tile) {
-    const int staged_row = 16 * warp() + lane() % 16;
-    const std::uint32_t base = query() + staged_row * 128;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {  // 16 columns: two 16-byte chunks of a swizzled row
-      const float* const o = o_ + 8 * i;
-      const int chunk = (i % 4 * 2 + lane() / 16) ^ (staged_row % 8);
-      store_matrices(base + i / 4 * (Config::kRows * 128) + chunk * 16, pack<Element>(o[0], o[1]),
-                     pack<Element>(o[2], o[3]), pack<Element>(o[4], o[5]), pack<Element>(o[6], o[7]));
-    }
-    async_proxy_fence();
-    sync_warpgroup();
-    if (leader()) {
-      for (int slab = 0; slab * kSlabColumns < problem_.head_dim_v; ++slab) {
-        tma_store(query() + slab * (Config::kRows * 128), &out_map_, slab * kSlabColumns,
-                  tile.query_start + tile.row + 64 * warpgroup_, tile.head, batch_index(tile));
-      }
-      store_commit();
-    }
-  }
+  ONEPASS_DEVICE int bad_rows_at() const { return kBadRowsAt + 8 * (4 * warpgroup_.index + Warpgroup::warp()); }
 
   const Problem& problem_;
   const Plan& plan_;
-  const CUtensorMap& out_map_;
   const SharedLayout<Config> shared_;
-  const int warpgroup_;
+  const Warpgroup warpgroup_;
   const float unit_;  // score → exponent of 2
+  const Epilogue<Config> epilogue_;
 
   Ring<Config::kQuerySlots> queries_;
   Ring<Config::kBlockSlots> blocks_;
   int pending_query_ = -1;
   int first_;                    // the tile's first block
   bool far_ = false;             // the pair in hand
+  int tile_slot_ = 0;            // of piecewise attention, whose tiles have two slots of queries
   int clean_begin_, clean_end_;  // keys that all rows of the warp see
   int mode_;                     // bits of TileMode
   int notes_;                    // on the tile, see kMasked

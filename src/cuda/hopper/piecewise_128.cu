@@ -3,6 +3,6 @@
 
 namespace onepass::cuda::hopper {
 
-const ForwardPair kPiecewise128 = describe_pair<128, 2, 96, Scores::kPiecewise>();
+const ForwardPair kPiecewise128 = describe_pair<128, 2, 128, Scores::kPiecewise>();
 
 }  // namespace onepass::cuda::hopper

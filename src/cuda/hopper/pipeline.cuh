@@ -39,7 +39,7 @@ struct SharedLayout {
   ONEPASS_DEVICE std::uint32_t query(int slot) const { return base + slot * Config::kQueryBytes; }
   ONEPASS_DEVICE std::uint32_t block(int slot) const { return base + Config::kBlocksAt + slot * Config::kBlockBytes; }
   ONEPASS_DEVICE std::uint32_t tile(int slot) const { return base + Config::kTilesAt + slot * Config::kTileBytes; }
-  ONEPASS_DEVICE std::uint32_t next_tile() const { return tile(Config::kQuerySlots); }  // the producer's
+  ONEPASS_DEVICE std::uint32_t next_tile() const { return tile(Config::kTileSlots); }  // the producer's
   ONEPASS_DEVICE std::uint32_t query_full(int slot) const { return base + Config::kBarriersAt + 8 * slot; }
   ONEPASS_DEVICE std::uint32_t query_empty(int slot) const { return query_full(Config::kQuerySlots + slot); }
   ONEPASS_DEVICE std::uint32_t block_full(int slot) const { return query_full(2 * Config::kQuerySlots + slot); }
@@ -47,14 +47,15 @@ struct SharedLayout {
 
   ONEPASS_DEVICE std::uint32_t next_full() const { return block_full(2 * Config::kBlockSlots); }
   ONEPASS_DEVICE std::uint32_t next_empty() const { return next_full() + 8; }
+  // Between the producer's warps: the tile is there; who loads its blocks has read it.
   ONEPASS_DEVICE std::uint32_t tile_full(int slot) const { return next_empty() + 8 + 8 * slot; }
+  ONEPASS_DEVICE std::uint32_t tile_read(int slot) const { return tile_full(Config::kTileSlots + slot); }
 
   // One thread, before the block's first __syncthreads.
   ONEPASS_DEVICE void init_barriers() const {
     for (int i = 0; i < Config::kQuerySlots; ++i) {
       barrier_init(query_full(i), 1);
-      barrier_init(query_empty(i), Config::kConsumers + 1);  // and who loads the tile's blocks
-      barrier_init(tile_full(i), 1);
+      barrier_init(query_empty(i), Config::kConsumers);
     }
     for (int i = 0; i < Config::kBlockSlots; ++i) {
       barrier_init(block_full(i), 1);
@@ -62,7 +63,11 @@ struct SharedLayout {
     }
     barrier_init(next_full(), 1);
     barrier_init(next_empty(), 1);
-    for (int i = 0; i < Config::kQuerySlots; ++i) store_shared(tile(i) + kRepeatAt, 0);
+    for (int i = 0; i < Config::kTileSlots; ++i) {
+      barrier_init(tile_full(i), 1);
+      barrier_init(tile_read(i), 1);
+      store_shared(tile(i) + kRepeatAt, 0);
+    }
     barrier_init_fence();
   }
 };

@@ -29,12 +29,15 @@ class Producer {
 
   // One thread.
   ONEPASS_DEVICE void load_queries() const {
+    Ring<Config::kTileSlots> tiles;
     Ring<Config::kQuerySlots> queries;
     std::uint32_t next_phase = 0;
     bool none_left = false;
-    for (int idle = 0; idle < Config::kQuerySlots; queries.advance()) {
-      const std::uint32_t slot = shared_.tile(queries.slot);
+    for (int idle = 0; idle < Config::kTileSlots; tiles.advance()) {
+      const std::uint32_t slot = shared_.tile(tiles.slot);
+      // The consumers let go of a tile with its last queries, which lay where the new tile's first ones will.
       barrier_wait(shared_.query_empty(queries.slot), queries.phase ^ 1);
+      barrier_wait(shared_.tile_read(tiles.slot), tiles.phase ^ 1);
       Tile tile;
       if (load_shared(slot + 48).y != 0) {  // asked for a second attempt
         tile = load_tile(slot);
@@ -50,54 +53,67 @@ class Producer {
         ++idle;
       }
       // A tile without rows makes the consumers let go of the slots before, whose tiles may have to be repeated.
-      if (idle > 0) tile = Tile{.split = idle < Config::kQuerySlots ? 0 : -1, .mode = kCareful};
+      if (idle > 0) tile = Tile{.split = idle < Config::kTileSlots ? 0 : -1, .mode = kCareful};
       store_tile(slot, tile);
-      barrier_arrive(shared_.tile_full(queries.slot));
-      const std::uint32_t full = shared_.query_full(queries.slot);
+      barrier_arrive(shared_.tile_full(tiles.slot));
       if (!tile.valid()) {
-        barrier_arrive(full);
+        barrier_arrive(shared_.query_full(queries.slot));
         continue;
       }
-      barrier_expect(full, Config::kQueryBytes);
-      load_rows<Config::kRows>(maps_.q, full, shared_.query(queries.slot), tile, tile.query_start + tile.row,
-                               tile.head);
+      load_queries(maps_.q, queries.slot, tile);
+      queries.advance();
       if constexpr (Config::kPiecewise) {
-        load_rows<Config::kRows>(maps_.q_far, full, shared_.query(queries.slot) + Config::kFarQueryAt, tile,
-                                 tile.query_start + tile.row, tile.head);
+        barrier_wait(shared_.query_empty(queries.slot), queries.phase ^ 1);
+        load_queries(maps_.q_far, queries.slot, tile);
+        queries.advance();
       }
     }
   }
 
-  // One thread. K of the last block, then K and V in turn, then V of the first block: the order in which they are used.
+  // One thread.
   ONEPASS_DEVICE void load_blocks() const {
-    Ring<Config::kQuerySlots> queries;
-    Ring<Config::kBlockSlots> blocks;
+    Ring<Config::kTileSlots> tiles;
+    Ring<Config::kBlockSlots> ring;
     const int group_size = static_cast<int>(problem_.group_size());
-    for (;; queries.advance()) {
-      barrier_wait(shared_.tile_full(queries.slot), queries.phase);
-      const Tile tile = load_tile(shared_.tile(queries.slot));
-      barrier_arrive(shared_.query_empty(queries.slot));
+    for (;; tiles.advance()) {
+      barrier_wait(shared_.tile_full(tiles.slot), tiles.phase);
+      const Tile tile = load_tile(shared_.tile(tiles.slot));
+      barrier_arrive(shared_.tile_read(tiles.slot));
       if (!tile.valid()) return;
       // Not earlier, so that no SM has drawn more tiles than need be when the others run out of them.
       if ((tile.mode & kCareful) == 0) barrier_arrive(shared_.next_empty());
       const int head = tile.head / group_size;
-      const Steps steps = steps_of<Config>(plan_, tile);
-#pragma unroll 1
-      for (int i = 0; i < 2 * steps.count; ++i) {
-        const bool values = i % 2 == 0 ? i > 0 : i == 2 * steps.count - 1;
-        const int step = (i + 1) / 2 - values;
-        const CUtensorMap& keys = Config::kPiecewise && steps.far(step) ? maps_.k_far : maps_.k;
-        const std::uint32_t full = shared_.block_full(blocks.slot);
-        barrier_wait(shared_.block_empty(blocks.slot), blocks.phase ^ 1);
-        barrier_expect(full, Config::kBlockBytes);
-        load_rows<Config::kKeys>(values ? maps_.v : keys, full, shared_.block(blocks.slot), tile,
-                                 tile.key_start + steps.block(step) * Config::kKeys, head);
-        blocks.advance();
+#pragma unroll
+      for (int pair = 0; pair < Config::kPairs; ++pair) {
+        load_blocks(ring, tile, head, blocks_of<Config>(plan_, tile, pair == 1), pair == 0 ? maps_.k : maps_.k_far);
       }
     }
   }
 
  private:
+  // K of the last block, then K and V in turn, then V of the first block: the order in which they are used.
+  ONEPASS_DEVICE void load_blocks(Ring<Config::kBlockSlots>& ring, const Tile& tile, int head, const Blocks& blocks,
+                                  const CUtensorMap& keys) const {
+    const int loads = 2 * blocks.count();
+#pragma unroll 1
+    for (int i = 0; i < loads; ++i) {
+      const bool values = i % 2 == 0 ? i > 0 : i == loads - 1;
+      const int block = blocks.end - 1 - ((i + 1) / 2 - values);
+      const std::uint32_t full = shared_.block_full(ring.slot);
+      barrier_wait(shared_.block_empty(ring.slot), ring.phase ^ 1);
+      barrier_expect(full, Config::kBlockBytes);
+      load_rows<Config::kKeys>(values ? maps_.v : keys, full, shared_.block(ring.slot), tile,
+                               tile.key_start + block * Config::kKeys, head);
+      ring.advance();
+    }
+  }
+
+  ONEPASS_DEVICE void load_queries(const CUtensorMap& map, int slot, const Tile& tile) const {
+    const std::uint32_t full = shared_.query_full(slot);
+    barrier_expect(full, Config::kQueryBytes);
+    load_rows<Config::kRows>(map, full, shared_.query(slot), tile, tile.query_start + tile.row, tile.head);
+  }
+
   template <int kRows>
   ONEPASS_DEVICE void load_rows(const CUtensorMap& map, std::uint32_t barrier, std::uint32_t to, const Tile& tile,
                                 int token, int head) const {

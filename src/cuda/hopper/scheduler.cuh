@@ -64,27 +64,29 @@ ONEPASS_DEVICE int visible_end(const Window& window, const Tile& tile, int row) 
   return min(tile.key_end, row + tile.diagonal + static_cast<int>(window.right) + 1);
 }
 
-// The order in which a tile's blocks are worked through: from the last one down; of piecewise attention first those of
-// the near pair, then those of the far pair. A block that both pairs have keys in comes twice.
-struct Steps {
-  int top[2];  // block of the near and of the far pair's step 0, if it had one
-  int near, count;
+// Blocks [begin, end) of a tile, worked through from the last one down.
+struct Blocks {
+  int begin, end;
 
-  ONEPASS_DEVICE bool far(int step) const { return step >= near; }
-  ONEPASS_DEVICE int block(int step) const { return (far(step) ? top[1] : top[0]) - step; }
+  ONEPASS_DEVICE int count() const { return end - begin; }
 };
 
+// A tile's blocks; of piecewise attention, which goes first through the blocks that have keys near to one of the tile's
+// rows and then through those that have far ones, of either pair.
 template <class Config>
-ONEPASS_DEVICE Steps steps_of(const Plan& plan, const Tile& tile) {
-  const int first = tile.first_block, end = first + tile.blocks;
-  if constexpr (!Config::kPiecewise) return {{end - 1, end - 1}, tile.blocks, tile.blocks};
-  // Of the tile's rows, the lowest key that is near and the highest that is far.
-  const int near_key = tile.row + tile.diagonal - plan.dist_threshold + 1;
-  const int far_key = near_key - 1 + min(Config::kRows, tile.seqlen_q - tile.row) - 1;
-  const int near_first = min(max(near_key / Config::kKeys, first), end);
-  const int far_end = far_key < 0 ? first : min(max(far_key / Config::kKeys + 1, first), end);
-  const int near = end - near_first;
-  return {{end - 1, far_end - 1 + near}, near, near + far_end - first};
+ONEPASS_DEVICE Blocks blocks_of(const Plan& plan, const Tile& tile, bool far) {
+  Blocks blocks{tile.first_block, tile.first_block + tile.blocks};
+  if constexpr (Config::kPiecewise) {
+    // Of the tile's rows, the lowest key that is near and the highest that is far.
+    const int near_key = tile.row + tile.diagonal - plan.dist_threshold + 1;
+    const int far_key = near_key - 1 + min(Config::kRows, tile.seqlen_q - tile.row) - 1;
+    if (far) {
+      blocks.end = far_key < 0 ? blocks.begin : min(max(far_key / Config::kKeys + 1, blocks.begin), blocks.end);
+    } else {
+      blocks.begin = min(max(near_key / Config::kKeys, blocks.begin), blocks.end);
+    }
+  }
+  return blocks;
 }
 
 // Causal tiles are drawn in sections of heads, a section's tiles with most keys first. As many heads as fill the SMs

@@ -6,6 +6,7 @@
 #include "cuda/hopper/softmax.cuh"
 #include "cuda/hopper/tile.cuh"
 #include "cuda/hopper/total_attention_producer.cuh"
+#include "cuda/hopper/warpgroup.cuh"
 
 namespace onepass::cuda::hopper {
 
@@ -18,7 +19,7 @@ class KeySums {
 
   ONEPASS_DEVICE KeySums(const Problem& problem, const TotalAttentionPlan& plan,
                          const TotalAttentionLayout<Config>& shared, int warpgroup)
-      : problem_(problem), plan_(plan), shared_(shared), warpgroup_(warpgroup) {}
+      : problem_(problem), plan_(plan), shared_(shared), warpgroup_{warpgroup} {}
 
   ONEPASS_DEVICE void run() {
     for (;;) {
@@ -39,9 +40,6 @@ class KeySums {
 
  private:
   // ---- slots --------------------------------------------------------------------------------------------------------
-  ONEPASS_DEVICE static int warp() { return threadIdx.x % 128 / 32; }
-  ONEPASS_DEVICE static int lane() { return threadIdx.x % 32; }
-
   // Waits for the next block of queries and returns its slot.
   ONEPASS_DEVICE int take() {
     const int slot = queries_.slot;
@@ -51,7 +49,7 @@ class KeySums {
   }
   ONEPASS_DEVICE void release(std::uint32_t empty) const {
     __syncwarp();
-    if (lane() == 0) barrier_arrive(empty);
+    if (Warpgroup::lane() == 0) barrier_arrive(empty);
   }
   ONEPASS_DEVICE void release_queries(int slot) const { release(shared_.queries_empty(slot)); }
   ONEPASS_DEVICE void skip(int blocks) {
@@ -60,16 +58,16 @@ class KeySums {
   }
 
   // ---- keys ---------------------------------------------------------------------------------------------------------
-  ONEPASS_DEVICE int first_key() const { return tile_.key + 64 * warpgroup_; }
-  ONEPASS_DEVICE int lane_key() const { return first_key() + 16 * warp() + lane() / 4; }  // and 8 further
+  ONEPASS_DEVICE int first_key() const { return warpgroup_.row(tile_.key); }
+  ONEPASS_DEVICE int lane_key() const { return warpgroup_.lane_row(tile_.key); }  // and 8 further
 
   // The warpgroup's 64 keys as A operands: for each step of the product a 16×16 matrix in the layout of ldmatrix.
   ONEPASS_DEVICE void load_keys() {
-    const int row = 64 * warpgroup_ + 16 * warp() + lane() % 16;
+    const int row = warpgroup_.warp_row(0) + Warpgroup::lane() % 16;
     const std::uint32_t address = shared_.keys(tiles_.slot) + row * 128;
 #pragma unroll
     for (int i = 0; i < Config::kHeadDim / 16; ++i) {
-      const int chunk = (i % 4 * 2 + lane() / 16) ^ row % 8;  // of 16 bytes, swizzled
+      const int chunk = (i % 4 * 2 + Warpgroup::lane() / 16) ^ row % 8;  // of 16 bytes, swizzled
       const int4 m = load_matrices(address + i / 4 * Config::kKeySlabBytes + 16 * chunk);
       keys_[4 * i] = m.x;
       keys_[4 * i + 1] = m.y;
@@ -112,7 +110,7 @@ class KeySums {
   };
   ONEPASS_DEVICE Operands operands(int slot) const {
     return {matrix_descriptor(first_lane(shared_.queries(slot)), 0),
-            matrix_descriptor(first_lane(shared_.keys(tiles_.slot) + warpgroup_ * (64 * 128)), 0)};
+            matrix_descriptor(first_lane(shared_.keys(tiles_.slot) + warpgroup_.index * (64 * 128)), 0)};
   }
 
   // Sᵀ = K·Qᵀ. The other warpgroups' exponentials hide it.
@@ -153,7 +151,7 @@ class KeySums {
   ONEPASS_DEVICE void sum_carefully(Scores& s, std::uint32_t notes, int start, bool natural, float (&sum)[2]) const {
     const float scale = Config::kTerms ? 1.0f : problem_.softmax_scale;
     const float unit = natural ? scale : scale * kLog2e, to_binary = natural ? kLog2e : 1.0f;
-    const int lane_start = start + lane() % 4 * 2;
+    const int lane_start = start + Warpgroup::lane() % 4 * 2;
     const int begin[2] = {seeing_[0].begin - lane_start, seeing_[1].begin - lane_start};
     const int end[2] = {seeing_[0].end - lane_start, seeing_[1].end - lane_start};
     for_each_score(s, notes, [&](int i, float score, float negated) {
@@ -168,7 +166,7 @@ class KeySums {
   ONEPASS_DEVICE void for_each_score(const Scores& s, std::uint32_t notes, const Use& use) const {
 #pragma unroll
     for (int i = 0; i < kQueries / 16; ++i) {
-      const int4 words = load_shared(notes + 64 * i + lane() % 4 * 16);
+      const int4 words = load_shared(notes + 64 * i + Warpgroup::lane() % 4 * 16);
       const float lse[4] = {__int_as_float(words.x), __int_as_float(words.y), __int_as_float(words.z),
                             __int_as_float(words.w)};
 #pragma unroll
@@ -182,7 +180,7 @@ class KeySums {
     DeviceSequence sequence = tile_.sequence();
     sequence.seqlen_k = tile_.key_end;  // no bias is read beyond
     apply_terms<false>(reinterpret_cast<Fragment&>(s), score_terms(problem_, tile_.batch, tile_.head),
-                       KeyRows{start + lane() % 4 * 2, lane_key()}, sequence);
+                       KeyRows{start + Warpgroup::lane() % 4 * 2, lane_key()}, sequence);
   }
 
   ONEPASS_DEVICE void store_sums() const {
@@ -190,7 +188,7 @@ class KeySums {
     for (int r = 0; r < 2; ++r) {
       const float sum = quad_sum(sum_[r]);
       const int key = lane_key() + 8 * r;
-      if (lane() % 4 != 0 || key >= tile_.seqlen_k) continue;
+      if (Warpgroup::lane() % 4 != 0 || key >= tile_.seqlen_k) continue;
       float& total = problem_.total_attention.at<float>(tile_.batch, tile_.head, tile_.key_start + key);
       total = plan_.add ? total + sum : sum;
     }
@@ -199,7 +197,7 @@ class KeySums {
   const Problem& problem_;
   const TotalAttentionPlan& plan_;
   const TotalAttentionLayout<Config> shared_;
-  const int warpgroup_;
+  const Warpgroup warpgroup_;
   Ring<Config::kKeySlots> tiles_;
   Ring<Config::kQuerySlots> queries_;
   KeyTile tile_;
