@@ -70,7 +70,7 @@ class Consumer {
     notes_ = 0;
     const std::uint32_t bad_rows = shared_.tile(queries_.slot) + bad_rows_at();
     if (has(kCareful)) {
-      const uint2 lanes = load_shared_8(bad_rows);
+      const uint2 lanes = load_shared<uint2>(bad_rows);
       notes_ = (lanes.x >> lane() & 1) * kBad | (lanes.y >> lane() & 1) * (kBad << 1);
     } else if (lane() == 0) {
       store_shared(bad_rows, make_uint2(0, 0));
