@@ -60,11 +60,12 @@ ONEPASS_DEVICE RowRanges<R> queries_of_rows(const Problem& problem, const Device
   return ranges;
 }
 
-// −inf outside the ranges; column0 is the column of the thread's first element.
+// `hidden` outside the ranges; column0 is the column of the thread's first element.
 template <int R, int C>
-ONEPASS_DEVICE void mask_scores(float (&s)[R][C][4], const RowRanges<R>& ranges, int column0) {
+ONEPASS_DEVICE void mask_scores(float (&s)[R][C][4], const RowRanges<R>& ranges, int column0,
+                                float hidden = -kInfinity) {
   for_each_element(s, [&](float& x, int r, int c, int e) {
-    if (!ranges.row[2 * r + e / 2].contains(column0 + 8 * c + e % 2)) x = -kInfinity;
+    if (!ranges.row[2 * r + e / 2].contains(column0 + 8 * c + e % 2)) x = hidden;
   });
 }
 
