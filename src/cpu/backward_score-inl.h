@@ -47,13 +47,7 @@ inline void weigh_terms(const Problem& problem, const ScoreTerms& terms, const S
   scale_scores(tile, terms);
   if (terms.softcap > 0) softcap_slopes(tile, terms.softcap, slopes);
   if (terms.alibi) add_alibi(tile, terms, lanes);
-  if (terms.bias) {
-    switch (problem.bias.dtype) {
-      case DType::kFloat16: add_bias<Half>(tile, problem.bias, lanes, bias_staging); break;
-      case DType::kBFloat16: add_bias<BFloat16>(tile, problem.bias, lanes, bias_staging); break;
-      default: add_bias<float>(tile, problem.bias, lanes, bias_staging); break;
-    }
-  }
+  if (terms.bias) add_bias(tile, problem.bias, lanes, bias_staging);
   const FloatTag f;
   for_each_vector(tile, [&](float* at, std::int64_t, std::int64_t column) {
     const Floats exponent = hn::Sub(hn::Load(f, at), hn::Load(f, lse + column));

@@ -231,6 +231,7 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 #include "cpu/cached.h"
+#include "cpu/empty_rows.h"
 #include "cpu/isa.h"
 
 namespace onepass::cpu {
@@ -238,18 +239,6 @@ namespace {
 
 HWY_EXPORT(cached_tier);
 HWY_EXPORT(has_decode_kernel);
-
-// Rows of packed queries behind the last sequence are empty ones.
-void write_unowned_rows(const Problem& problem) {
-  const KeyRange queries = unowned_queries(problem);
-  for (std::int64_t head = 0; head < problem.num_heads; ++head) {
-    for (std::int64_t i = queries.begin; i < queries.end; ++i) {
-      with_float_type(problem.dtype,
-                      [&]<class T>(T) { std::fill_n(problem.out.row<T>(0, head, i), problem.head_dim_v, T{}); });
-      if (problem.lse) problem.lse.at<float>(0, head, i) = -std::numeric_limits<float>::infinity();
-    }
-  }
-}
 
 }  // namespace
 
@@ -268,7 +257,7 @@ Unsupported supports_cached(const CachedProblem& problem) {
 
 void cached(const CachedProblem& problem, const ExecutionContext& context) {
   dispatch(HWY_DISPATCH_TABLE(cached_tier))(problem, context);
-  write_unowned_rows(problem.attention);
+  write_unowned_queries(problem.attention);
 }
 
 }  // namespace onepass::cpu

@@ -198,6 +198,7 @@ HWY_AFTER_NAMESPACE();
 #include <optional>
 
 #include "core/with_lse.h"
+#include "cpu/empty_rows.h"
 #include "cpu/few_rows.h"
 #include "cpu/forward.h"
 #include "cpu/isa.h"
@@ -207,20 +208,6 @@ namespace onepass::cpu {
 namespace {
 
 HWY_EXPORT(forward_tier);
-
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// Ragged tensors may be longer than their sequences: such rows are empty ones.
-void write_unowned(const Problem& problem) {
-  const KeyRange queries = unowned_queries(problem);
-  for (std::int64_t head = 0; head < problem.num_heads; ++head) {
-    for (std::int64_t i = queries.begin; i < queries.end; ++i) {
-      with_float_type(problem.dtype,
-                      [&]<class T>(T) { std::fill_n(problem.out.row<T>(0, head, i), problem.head_dim_v, T{}); });
-      if (problem.lse) problem.lse.at<float>(0, head, i) = kMinusInfinity;
-    }
-  }
-}
 
 }  // namespace
 
@@ -242,7 +229,7 @@ void forward(const Problem& problem, const ExecutionContext& context) {
   } else {
     dispatch(HWY_DISPATCH_TABLE(forward_tier))(problem, parts, context);
   }
-  write_unowned(with_lse.problem());
+  write_unowned_queries(with_lse.problem());
   if (total) total->run();
 }
 

@@ -115,7 +115,7 @@ HWY_INLINE void load_bias_row(const std::byte* row, std::int64_t first_key, std:
 // scores += bias. A row's keys lie along memory and queries along lanes, so squares are transposed, unless every lane
 // reads the same row (a padding mask). staging: (lane_count() + 1)·padded(keys) + lane_count()² floats.
 template <class B>
-HWY_NOINLINE void add_bias(const ScoreTile& tile, const BiasOperand& bias, const Lanes& lanes, float* staging) {
+HWY_NOINLINE void add_typed_bias(const ScoreTile& tile, const BiasOperand& bias, const Lanes& lanes, float* staging) {
   const FloatTag f;
   const std::int64_t square = lane_count(), ld = padded(tile.keys);
   const bool same =
@@ -143,6 +143,13 @@ HWY_NOINLINE void add_bias(const ScoreTile& tile, const BiasOperand& bias, const
         hn::Store(hn::Add(hn::Load(f, at), hn::Load(f, transposed + (k - first) * square)), f, at);
       }
     }
+  }
+}
+inline void add_bias(const ScoreTile& tile, const BiasOperand& bias, const Lanes& lanes, float* staging) {
+  switch (bias.dtype) {
+    case DType::kFloat16: add_typed_bias<Half>(tile, bias, lanes, staging); break;
+    case DType::kBFloat16: add_typed_bias<BFloat16>(tile, bias, lanes, staging); break;
+    default: add_typed_bias<float>(tile, bias, lanes, staging); break;
   }
 }
 HWY_INLINE std::int64_t bias_staging_size(std::int64_t keys) {
@@ -179,13 +186,7 @@ inline void finish_scores(const Problem& problem, const ScoreTerms& terms, const
                           float* maximum, float* bias_staging) {
   if (terms.any()) scale_scores(tile, terms);
   if (terms.alibi) add_alibi(tile, terms, lanes);
-  if (terms.bias) {
-    switch (problem.bias.dtype) {
-      case DType::kFloat16: add_bias<Half>(tile, problem.bias, lanes, bias_staging); break;
-      case DType::kBFloat16: add_bias<BFloat16>(tile, problem.bias, lanes, bias_staging); break;
-      default: add_bias<float>(tile, problem.bias, lanes, bias_staging); break;
-    }
-  }
+  if (terms.bias) add_bias(tile, problem.bias, lanes, bias_staging);
   if (terms.any() || !lanes.sees_all(tile.first_key, tile.keys)) mask_scores(tile, lanes, maximum);
 }
 

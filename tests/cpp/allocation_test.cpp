@@ -13,15 +13,6 @@ namespace {
 class Allocation : public TargetTest {};
 ONEPASS_FOR_EVERY_TARGET(Allocation);
 
-const Case kBusy{.num_heads = 6,
-                 .num_heads_kv = 3,
-                 .seqlen_q = 100,
-                 .seqlen_k = 140,
-                 .causal = true,
-                 .bias = "hk",
-                 .sinks = true,
-                 .dropout = 0.1};
-
 TEST_P(Allocation, ComesFromTheAllocatorAndGoesBack) {
   const Instance made = instance(kBusy);
   StrictAllocator allocator;

@@ -126,15 +126,6 @@ class CountingExecutor final : public Executor {
 class Execution : public TargetTest {};
 ONEPASS_FOR_EVERY_TARGET(Execution);
 
-const Case kBusy{.num_heads = 6,
-                 .num_heads_kv = 3,
-                 .seqlen_q = 100,
-                 .seqlen_k = 140,
-                 .causal = true,
-                 .bias = "hk",
-                 .sinks = true,
-                 .dropout = 0.1};
-
 TEST_P(Execution, ResultsDoNotDependOnTheExecutor) {
   if (GetParam().device().type != DeviceType::kCpu) GTEST_SKIP() << "no threads on the host";
   Case piecewise = kBusy, split{.batch = 1, .num_heads = 2, .seqlen_q = 600, .seqlen_k = 600, .dist_threshold = 200};

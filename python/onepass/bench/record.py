@@ -36,9 +36,7 @@ class Result:
             **self.case.describe(),
             "sweep": self.sweep,
             "contender": self.contender,
-            "ms": round(self.timing.median, 5),
-            "ms_quartiles": [round(self.timing.low, 5), round(self.timing.high, 5)],
-            "rounds": self.timing.rounds,
+            **self.timing.fields(),
             "gflops": round(self.gflops(), 2),
         }
 

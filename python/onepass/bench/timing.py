@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +19,14 @@ class Timing:
     low: float
     high: float
     rounds: int
+
+    def fields(self) -> dict[str, Any]:
+        """As a record's row has them."""
+        return {
+            "ms": round(self.median, 5),
+            "ms_quartiles": [round(self.low, 5), round(self.high, 5)],
+            "rounds": self.rounds,
+        }
 
 
 def interleave(

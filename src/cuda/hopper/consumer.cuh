@@ -72,7 +72,7 @@ class Consumer {
     notes_ = 0;
     const std::uint32_t bad_rows = tile_address() + bad_rows_at();
     if (has(kCareful)) {
-      const uint2 lanes = load_shared_8(bad_rows);
+      const uint2 lanes = load_shared<uint2>(bad_rows);
       notes_ = (lanes.x >> Warpgroup::lane() & 1) * kBad | (lanes.y >> Warpgroup::lane() & 1) * (kBad << 1);
     } else if (Warpgroup::lane() == 0) {
       store_shared(bad_rows, make_uint2(0, 0));

@@ -6,6 +6,7 @@
 #include "core/problem.h"
 #include "cuda/common/sequence.cuh"
 #include "cuda/hopper/ptx.cuh"
+#include "cuda/hopper/sequence_cursor.cuh"
 #include "cuda/hopper/total_attention_plan.h"
 
 namespace onepass::cuda::hopper {
@@ -70,36 +71,18 @@ class KeyTileStream {
     set_bounds(tile, device_sequence(problem_, tile.batch));
   }
 
-  // Sequences in the order given; the cursor only moves forward because a CTA draws rising indices.
   ONEPASS_DEVICE void decode_ragged(KeyTile& tile) {
-    const int lane = threadIdx.x % 32, batch = static_cast<int>(problem_.batch);
     const int heads = static_cast<int>(problem_.num_heads);
-    while (sequence_ < batch) {
-      int tiles = 0;
-      if (sequence_ + lane < batch) {
-        const Span keys = ragged_span(problem_.cu_seqlens_k, sequence_ + lane, problem_.seqlen_k, problem_.total_k);
-        tiles = tiles_of(keys.size) * heads;
-      }
-      int through = tiles;  // inclusive prefix sum
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, through, step);
-        if (lane >= step) through += other;
-      }
-      const unsigned beyond = __ballot_sync(~0u, before_ + through > index_);
-      if (beyond == 0) {
-        before_ += __shfl_sync(~0u, through, 31);
-        sequence_ += 32;
-        continue;
-      }
-      const int found = __ffs(static_cast<int>(beyond)) - 1;
-      const int start = before_ + __shfl_sync(~0u, through - tiles, found);
-      tile.batch = sequence_ + found;
-      const DeviceSequence s = device_sequence(problem_, tile.batch);
-      tile.head = place(tile, index_ - start, heads, s.seqlen_q, s.seqlen_k);
+    const auto tiles = [&](int batch) {
+      const Span keys = ragged_span(problem_.cu_seqlens_k, batch, problem_.seqlen_k, problem_.total_k);
+      return tiles_of(keys.size) * heads;
+    };
+    cursor_.find(index_, static_cast<int>(problem_.batch), tiles, [&](int batch, int index) {
+      const DeviceSequence s = device_sequence(problem_, batch);
+      tile.batch = batch;
+      tile.head = place(tile, index, heads, s.seqlen_q, s.seqlen_k);
       set_bounds(tile, s);
-      return;
-    }
+    });
   }
 
   // Tile number `index` of `planes` heads; returns the head.
@@ -132,9 +115,9 @@ class KeyTileStream {
 
   const Problem& problem_;
   const TotalAttentionPlan& plan_;
-  int drawn_;                      // the next tile's number beyond the CTAs' first ones, in lane 0
-  int index_ = 0;                  // of the tile in hand
-  int sequence_ = 0, before_ = 0;  // ragged: the cursor's sequence and the tiles before it
+  int drawn_;              // the next tile's number beyond the CTAs' first ones, in lane 0
+  int index_ = 0;          // of the tile in hand
+  SequenceCursor cursor_;  // ragged
 };
 
 }  // namespace onepass::cuda::hopper

@@ -1,18 +1,11 @@
-// cuda/hopper/ptx.cuh: one wrapper per PTX instruction that the Hopper kernels use beyond wgmma.
+// cuda/hopper/ptx.cuh: one wrapper per PTX instruction that only the Hopper kernels use, beyond wgmma.
 #pragma once
 
 #include <cuda.h>
 
-#include <cstdint>
-
-#include "cuda/common/scalar.cuh"
+#include "cuda/common/ptx.cuh"
 
 namespace onepass::cuda::hopper {
-
-// Shared-memory addresses are 32-bit throughout.
-ONEPASS_DEVICE std::uint32_t shared_address(const void* p) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
-}
 
 ONEPASS_DEVICE void barrier_init(std::uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -70,45 +63,8 @@ ONEPASS_DEVICE void store_matrices(std::uint32_t address, std::uint32_t a, std::
                "r"(c), "r"(d)
                : "memory");
 }
-ONEPASS_DEVICE int4 load_matrices(std::uint32_t address) {
-  int4 m;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
-               : "r"(address)
-               : "memory");
-  return m;
-}
-ONEPASS_DEVICE void store_shared(std::uint32_t address, int4 value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
-               : "memory");
-}
-ONEPASS_DEVICE void store_shared(std::uint32_t address, int value) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-ONEPASS_DEVICE void store_shared(std::uint32_t address, uint2 value) {
-  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
-}
-ONEPASS_DEVICE uint2 load_shared_8(std::uint32_t address) {
-  uint2 value;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
-  return value;
-}
-ONEPASS_DEVICE int load_shared_word(std::uint32_t address) {
-  int value;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-  return value;
-}
 ONEPASS_DEVICE void min_shared(std::uint32_t address, int value) {
   asm volatile("red.shared.min.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-ONEPASS_DEVICE int4 load_shared(std::uint32_t address) {
-  int4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
 }
 
 // The first lane's value, which the compiler then knows to be the whole warp's: what follows from it, matrix

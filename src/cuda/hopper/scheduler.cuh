@@ -8,6 +8,7 @@
 #include "cuda/common/sequence.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/plan.h"
+#include "cuda/hopper/sequence_cursor.cuh"
 
 namespace onepass::cuda::hopper {
 
@@ -118,50 +119,32 @@ class TileStream {
     return static_cast<int>(gridDim.x) + __shfl_sync(~0u, number, 0);
   }
 
+  ONEPASS_DEVICE static int row_tiles_of(int seqlen_q) { return (seqlen_q + Config::kRows - 1) / Config::kRows; }
+
   ONEPASS_DEVICE bool decode_dense(std::uint32_t address) const {
-    const int row_tiles = (static_cast<int>(problem_.seqlen_q) + Config::kRows - 1) / Config::kRows;
     const int heads = static_cast<int>(problem_.num_heads);
     Tile tile;
-    const int plane =
-        place(tile, index_, row_tiles, static_cast<int>(problem_.batch) * heads, static_cast<int>(problem_.seqlen_k));
+    const int plane = place(tile, index_, row_tiles_of(static_cast<int>(problem_.seqlen_q)),
+                            static_cast<int>(problem_.batch) * heads, static_cast<int>(problem_.seqlen_k));
     tile.batch = plane / heads;
     tile.head = plane - tile.batch * heads;
     finish(address, tile, device_sequence(problem_, tile.batch));
     return true;
   }
 
-  // Sequences in the order given; the cursor only moves forward because a CTA draws rising indices.
   ONEPASS_DEVICE bool decode_ragged(std::uint32_t address) {
-    const int lane = threadIdx.x % 32, batch = static_cast<int>(problem_.batch);
     const int heads = static_cast<int>(problem_.num_heads);
-    while (sequence_ < batch) {
-      int tiles = 0;
-      if (sequence_ + lane < batch) {
-        const Span queries = ragged_span(problem_.cu_seqlens_q, sequence_ + lane, problem_.seqlen_q, problem_.total_q);
-        tiles = (queries.size + Config::kRows - 1) / Config::kRows * heads * plan_.splits;
-      }
-      int through = tiles;  // inclusive prefix sum
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, through, step);
-        if (lane >= step) through += other;
-      }
-      const unsigned beyond = __ballot_sync(~0u, before_ + through > index_);
-      if (beyond == 0) {
-        before_ += __shfl_sync(~0u, through, 31);
-        sequence_ += 32;
-        continue;
-      }
-      const int found = __ffs(static_cast<int>(beyond)) - 1;
-      const int start = before_ + __shfl_sync(~0u, through - tiles, found);
+    const auto tiles_of = [&](int batch) {
+      const Span queries = ragged_span(problem_.cu_seqlens_q, batch, problem_.seqlen_q, problem_.total_q);
+      return row_tiles_of(queries.size) * heads * plan_.splits;
+    };
+    return cursor_.find(index_, static_cast<int>(problem_.batch), tiles_of, [&](int batch, int index) {
+      const DeviceSequence s = device_sequence(problem_, batch);
       Tile tile;
-      tile.batch = sequence_ + found;
-      const DeviceSequence s = device_sequence(problem_, tile.batch);
-      tile.head = place(tile, index_ - start, (s.seqlen_q + Config::kRows - 1) / Config::kRows, heads, s.seqlen_k);
+      tile.batch = batch;
+      tile.head = place(tile, index, row_tiles_of(s.seqlen_q), heads, s.seqlen_k);
       finish(address, tile, s);
-      return true;
-    }
-    return false;
+    });
   }
 
   // Row and split of tile number `index` of `planes` heads with row_tiles row tiles each; returns the head among them.
@@ -211,8 +194,8 @@ class TileStream {
 
   const Problem& problem_;
   const Plan& plan_;
-  int index_ = -1;                 // of the tile in hand
-  int sequence_ = 0, before_ = 0;  // ragged: the cursor's sequence and the tiles before it
+  int index_ = -1;         // of the tile in hand
+  SequenceCursor cursor_;  // ragged
 };
 
 }  // namespace onepass::cuda::hopper

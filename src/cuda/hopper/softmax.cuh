@@ -3,7 +3,7 @@
 // A lane owns two rows (r = 0, 1; see wgmma.cuh for the layout); a row's columns lie in the four lanes of a quad.
 #pragma once
 
-#include "cuda/common/scalar.cuh"
+#include "cuda/common/quad.cuh"
 #include "cuda/hopper/ptx.cuh"
 
 namespace onepass::cuda::hopper {
@@ -31,15 +31,6 @@ struct RowState {
   float max[2];
   float sum[2];  // of this lane's columns only, reduced over the quad at the end
 };
-
-ONEPASS_DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-ONEPASS_DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 // Largest of row r's first kKeys columns and `floor`, over the quad. Four chains: the latency of one max is hidden.
 template <int kKeys, int R>

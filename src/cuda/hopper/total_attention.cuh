@@ -68,11 +68,7 @@ class KeySums {
 #pragma unroll
     for (int i = 0; i < Config::kHeadDim / 16; ++i) {
       const int chunk = (i % 4 * 2 + Warpgroup::lane() / 16) ^ row % 8;  // of 16 bytes, swizzled
-      const int4 m = load_matrices(address + i / 4 * Config::kKeySlabBytes + 16 * chunk);
-      keys_[4 * i] = m.x;
-      keys_[4 * i + 1] = m.y;
-      keys_[4 * i + 2] = m.z;
-      keys_[4 * i + 3] = m.w;
+      load_matrices(keys_[i], address + i / 4 * Config::kKeySlabBytes + 16 * chunk);
     }
   }
 
@@ -95,7 +91,7 @@ class KeySums {
       const std::uint32_t notes = shared_.notes(queries_.slot);
       const Operands operands = this->operands(queries_.slot);
       const int slot = take();
-      const bool natural = load_shared_word(notes + 4 * kQueries) != 0;
+      const bool natural = load_shared<int>(notes + 4 * kQueries) != 0;
       Scores s;
       multiply(s, operands);
       add_weights(s, notes, block * kQueries, natural);
@@ -121,7 +117,7 @@ class KeySums {
       const int slab = i / 4, step = i % 4 * 2;  // in units of 16 bytes
       const std::uint64_t b = operands.queries + slab * (Config::kQuerySlabBytes / 16) + step;
       if constexpr (Config::kKeysInRegisters) {
-        Wgmma<Element, kQueries>::rs_rows(s, keys_ + 4 * i, b, i != 0);
+        Wgmma<Element, kQueries>::rs_rows(s, keys_[i], b, i != 0);
       } else {
         Wgmma<Element, kQueries>::ss(s, operands.keys + slab * (Config::kKeySlabBytes / 16) + step, b, i != 0);
       }
@@ -201,7 +197,7 @@ class KeySums {
   Ring<Config::kKeySlots> tiles_;
   Ring<Config::kQuerySlots> queries_;
   KeyTile tile_;
-  std::uint32_t keys_[Config::kHeadDim / 4];
+  std::uint32_t keys_[Config::kHeadDim / 16][4];
   float sum_[2];
   Range clean_;      // queries that see all of the warpgroup's keys
   Range seeing_[2];  // queries that see the lane's keys

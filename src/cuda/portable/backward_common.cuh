@@ -3,6 +3,7 @@
 
 #include "cuda/portable/backward.h"
 #include "cuda/portable/float_product.cuh"
+#include "cuda/portable/fragment_tile.cuh"
 #include "cuda/portable/not_finite.cuh"
 #include "cuda/portable/schedule.cuh"
 
@@ -98,58 +99,6 @@ ONEPASS_DEVICE void add_stored(float (&d)[R][C][4], const GlobalRows<T>& rows, i
     const int row = 16 * r + 8 * (e / 2) + g, column = column0 + 8 * c + 2 * t + e % 2;
     if (row < count && column < rows.columns) x += to_float(rows.data[(first + row) * rows.stride + column]);
   });
-}
-
-// Writes a warp's rows of an accumulator, times `factor`, into a tile of shared memory, from column `column0` on.
-template <class T, class Tile, int R, int C>
-ONEPASS_DEVICE void store_accumulator(unsigned char* tile, int warp_row, const float (&d)[R][C][4], float factor,
-                                      int column0 = 0) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll
-  for (int r = 0; r < R; ++r)
-#pragma unroll
-    for (int c = 0; c < C; ++c)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + 16 * r + 8 * half + g;
-        const float x = d[r][c][2 * half] * factor, y = d[r][c][2 * half + 1] * factor;
-        if constexpr (std::is_same_v<T, float>) {
-          *reinterpret_cast<float2*>(tile + Tile::offset(row, column0 / 4 + 2 * c + t / 2) + 8 * (t % 2)) = {x, y};
-        } else {
-          *reinterpret_cast<std::uint32_t*>(tile + Tile::offset(row, column0 / 8 + c) + 4 * t) = pack<T>(x, y);
-        }
-      }
-}
-
-// Writes a fragment of scores where FloatProduct or load_a_transposed finds it.
-template <class Tile, int R, int C>
-ONEPASS_DEVICE void store_scores(unsigned char* tile, int warp_row, const float (&d)[R][C][4]) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll
-  for (int r = 0; r < R; ++r)
-#pragma unroll
-    for (int c = 0; c < C; ++c)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + 16 * r + 8 * half + g;
-        *reinterpret_cast<float2*>(tile + Tile::offset(row, 2 * c + t / 2) + 8 * (t % 2)) = {d[r][c][2 * half],
-                                                                                             d[r][c][2 * half + 1]};
-      }
-}
-
-// Packed fragments (HalfProduct::as_a) into a tile.
-template <class Tile, int kSteps, int R>
-ONEPASS_DEVICE void store_scores(unsigned char* tile, int warp_row, const std::uint32_t (&a)[kSteps][R][4]) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = warp_row + 16 * r + 8 * (i % 2) + g;
-        *reinterpret_cast<std::uint32_t*>(tile + Tile::offset(row, 2 * step + i / 2) + 4 * t) = a[step][r][i];
-      }
 }
 
 }  // namespace onepass::cuda

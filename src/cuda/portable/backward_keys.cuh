@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (masked) zero_hidden(s, dp, queries_of_rows<R>(problem, sequence, key), at.query0);
 
     if constexpr (Config::kFloat) {
-      if constexpr (Config::kHoldsValue) store_scores<ScoreTile>(shared + Config::kWeightOffset, warp_row, s);
-      if constexpr (Config::kHoldsKey) store_scores<ScoreTile>(shared + Config::kScoreOffset, warp_row, dp);
+      if constexpr (Config::kHoldsValue) store_fragment<float, ScoreTile>(shared + Config::kWeightOffset, warp_row, s);
+      if constexpr (Config::kHoldsKey) store_fragment<float, ScoreTile>(shared + Config::kScoreOffset, warp_row, dp);
       __syncwarp();
       if constexpr (Config::kHoldsValue) {
         FloatProduct::rows_by_columns<ScoreTile, QueryTile, kQueries, false>(dv, shared + Config::kWeightOffset,
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
       if constexpr (Config::kHoldsKey) {
         HalfProduct<T>::as_a(a, dp);
-        if (arguments.dq_sums != nullptr) store_scores<ScoreTile>(shared + Config::kScoreOffset, warp_row, a);
+        if (arguments.dq_sums != nullptr) store_packed<ScoreTile>(shared + Config::kScoreOffset, warp_row, a);
         HalfProduct<T>::template fragments_by_columns<QueryTile>(dk, a, base + query_offset);
       }
     }
@@ -170,13 +170,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     constexpr int kOffset = Config::kHoldsKey ? Config::kValueOffset : 0;
     const auto rows = global_rows<T>(backward.dv, batch, head_kv, sequence.key_start, head_dim_v, vectorized.dv);
     if (arguments.add) add_stored(dv, rows, first_key + warp_row, live_rows);
-    store_accumulator<T, KeyTile>(shared + kOffset, warp_row, dv, 1.0f);
+    store_fragment<T, KeyTile>(shared + kOffset, warp_row, dv);
     __syncwarp();
     store_tile<KeyTile, 32>(base + kOffset + warp_row * KeyTile::kRowBytes, rows, first_key + warp_row, live_rows,
                             lane_id());
   }
   if constexpr (Config::kHoldsKey) {
-    store_accumulator<T, KeyTile>(shared, warp_row, dk, problem.softmax_scale);
+    store_fragment<T, KeyTile>(shared, warp_row, dk, problem.softmax_scale);
     __syncwarp();
     const auto rows = global_rows<T>(backward.dk, batch, head_kv, sequence.key_start, head_dim, vectorized.dk);
     store_tile<KeyTile, 32>(base + warp_row * KeyTile::kRowBytes, rows, first_key + warp_row, live_rows, lane_id());

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(Config::kThreads)
     float ds[1][Config::C][4];
     pass.template gradient<false>(ds, first_key, not_finite);
     if constexpr (Config::kFloat) {
-      store_scores<typename Config::ScoreTile>(shared + Config::kScoreOffset, pass.warp_row(), ds);
+      store_fragment<float, typename Config::ScoreTile>(shared + Config::kScoreOffset, pass.warp_row(), ds);
       __syncwarp();
       FloatProduct::rows_by_columns<typename Config::ScoreTile, typename Config::KeyTile, Config::kKeys, false>(
           dq, shared + Config::kScoreOffset, pass.warp_row(), shared + Config::kKeyOffset);
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   cp_async_wait<0>();
   __syncthreads();
   using QueryTile = typename Config::QueryTile;
-  store_accumulator<T, QueryTile>(shared, pass.warp_row(), dq, problem.softmax_scale);
+  store_fragment<T, QueryTile>(shared, pass.warp_row(), dq, problem.softmax_scale);
   __syncwarp();
   const auto rows = global_rows<T>(arguments.problem.dq, batch, head, sequence.query_start,
                                    static_cast<int>(problem.head_dim), arguments.vectorized.dq);
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   // The tile's sums go through shared memory, which the operands have left.
   using Tile = FloatTile<Config::kQueries, Config::kKeys>;
   static_assert(Tile::kBytes <= Config::Shape::shared_bytes());
-  store_scores<Tile>(shared, 16 * (threadIdx.x / 32), sum);
+  store_fragment<float, Tile>(shared, 16 * (threadIdx.x / 32), sum);
   __syncthreads();
   const int first_query = shared_queries ? 0 : query_range.begin * Config::kQueries;
   const int first_key = shared_keys ? 0 : key_range.begin * Config::kKeys;

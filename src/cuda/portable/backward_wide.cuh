@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                                                pass.units(shared, step),
                                                [&](int, int c, int e) { return statistics[8 * c + 2 * t + e % 2]; });
     if (masked) zero_hidden(s, dp, queries_of_rows<R>(problem, sequence, key), at.query0);
-    store_accumulator<T, ScoreTile>(shared + Config::kWeightOffset, warp_key, s, 1.0f, warp_query);
-    store_accumulator<T, ScoreTile>(shared + Config::kScoreOffset, warp_key, dp, 1.0f, warp_query);
+    store_fragment<T, ScoreTile>(shared + Config::kWeightOffset, warp_key, s, 1.0f, warp_query);
+    store_fragment<T, ScoreTile>(shared + Config::kScoreOffset, warp_key, dp, 1.0f, warp_query);
     __syncthreads();  // P and dS of all warps
 
     Product::template rows_by_columns<ScoreTile, QueryTile, kQueries>(dv, base + Config::kWeightOffset, warp_key,
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const auto dv_rows = global_rows<T>(backward.dv, batch, head_kv, sequence.key_start, head_dim_v, vectorized.dv);
   const auto dk_rows = global_rows<T>(backward.dk, batch, head_kv, sequence.key_start, head_dim, vectorized.dk);
   if (arguments.add) add_stored(dv, dv_rows, first_key + warp_key, live_keys - warp_key, warp_column);
-  store_accumulator<T, KeyTile>(shared + Config::kValueOffset, warp_key, dv, 1.0f, warp_column);
-  store_accumulator<T, KeyTile>(shared, warp_key, dk, problem.softmax_scale, warp_column);
+  store_fragment<T, KeyTile>(shared + Config::kValueOffset, warp_key, dv, 1.0f, warp_column);
+  store_fragment<T, KeyTile>(shared, warp_key, dk, problem.softmax_scale, warp_column);
   __syncthreads();
   store_tile<KeyTile, Config::kThreads>(base + Config::kValueOffset, dv_rows, first_key, live_keys, threadIdx.x);
   store_tile<KeyTile, Config::kThreads>(base, dk_rows, first_key, live_keys, threadIdx.x);

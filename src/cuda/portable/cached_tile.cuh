@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Shape::kBlocksPerMul
     const RowPlace place = place_of(a, head_kv, first_row + row);
     T* const out = static_cast<T*>(p.out.data) + batch * p.out.batch_stride + place.head * p.out.head_stride +
                    (sequence.query_start + place.query) * p.out.token_stride + column;
-    const uint4 chunk = load_shared_16(query_address + Tile::offset(row, index % Tile::kChunks));
+    const uint4 chunk = load_shared<uint4>(query_address + Tile::offset(row, index % Tile::kChunks));
     if (a.vectorized_out) {
       *reinterpret_cast<uint4*>(out) = chunk;
     } else {

@@ -76,25 +76,6 @@ struct FloatProduct {
     }
   }
 
-  // d += Aᵀ·B: the same with A's rows taken from tile a's columns [row, +16R).
-  template <class TileA, class TileB, int kDepth, int R, int C>
-  ONEPASS_DEVICE static void columns_by_columns(float (&d)[R][C][4], const unsigned char* tile_a, int row,
-                                                const unsigned char* tile_b, int column = 0) {
-    const int g = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll 1
-    for (int k = 0; k < kDepth; ++k) {
-      float a[R][2];
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          a[r][half] =
-              *reinterpret_cast<const float*>(tile_a + TileA::offset(k, 0) + 4 * (row + 16 * r + 8 * half + g));
-        }
-      multiply_row<TileB, false>(d, a, tile_b, k, column + 2 * t);
-    }
-  }
-
  private:
   template <class TileB, bool kSkipMasked, int R, int C>
   ONEPASS_DEVICE static void multiply_row(float (&d)[R][C][4], const float (&a)[R][2], const unsigned char* tile_b,

@@ -5,6 +5,7 @@
 
 #include "cuda/common/score.cuh"
 #include "cuda/portable/float_product.cuh"
+#include "cuda/portable/fragment_tile.cuh"
 #include "cuda/portable/not_finite.cuh"
 #include "cuda/portable/row_end.cuh"
 
@@ -115,19 +116,10 @@ ONEPASS_DEVICE void softmax_step(float (&s)[R][C][4], float (&o)[R][CO][4], floa
 
 // Writes the weights of a warp's rows for FloatProduct::rows_by_columns; −1 marks a masked one.
 template <class Config, int R, int C>
-ONEPASS_DEVICE void store_weights(const float (&p)[R][C][4], unsigned char* weight_tile, int warp_row, bool masked,
+ONEPASS_DEVICE void store_weights(float (&p)[R][C][4], unsigned char* weight_tile, int warp_row, bool masked,
                                   const RowRanges<R>& ranges, int key0) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll
-  for (int r = 0; r < R; ++r)
-#pragma unroll
-    for (int c = 0; c < C; ++c)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const bool hidden = masked && !ranges.row[2 * r + e / 2].contains(key0 + 8 * c + e % 2);
-        unsigned char* const row = weight_tile + Config::WeightTile::offset(warp_row + 16 * r + 8 * (e / 2) + g, 0);
-        reinterpret_cast<float*>(row)[8 * c + 2 * t + e % 2] = hidden ? -1.0f : p[r][c][e];
-      }
+  if (masked) mask_scores(p, ranges, key0, -1.0f);
+  store_fragment<float, typename Config::WeightTile>(weight_tile, warp_row, p);
 }
 
 // Divides the rows by their sums (`from_exact`: not those of the product, which dropout would miss) and writes their
@@ -193,23 +185,8 @@ ONEPASS_DEVICE void resume_rows(const ForwardArguments& arguments, float (&o)[R]
 // Puts a warp's output rows where its query rows were.
 template <class Config, int R, int CO>
 ONEPASS_DEVICE void store_output(const float (&o)[R][CO][4], unsigned char* tile, int warp_row) {
-  using Tile = typename Config::QueryTile;
-  const int g = lane_id() / 4, t = lane_id() % 4;
   __syncwarp();  // the warp's last reads of its queries
-#pragma unroll
-  for (int r = 0; r < R; ++r)
-#pragma unroll
-    for (int c = 0; c < CO; ++c)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + 16 * r + 8 * half + g;
-        const float x = o[r][c][2 * half], y = o[r][c][2 * half + 1];
-        if constexpr (Config::kFloat) {
-          *reinterpret_cast<float2*>(tile + Tile::offset(row, 2 * c + t / 2) + 8 * (t % 2)) = {x, y};
-        } else {
-          *reinterpret_cast<std::uint32_t*>(tile + Tile::offset(row, c) + 4 * t) = pack<typename Config::T>(x, y);
-        }
-      }
+  store_fragment<typename Config::T, typename Config::QueryTile>(tile, warp_row, o);
 }
 
 struct ForwardPosition {

@@ -1,6 +1,7 @@
 // cuda/portable/fragment.cuh: masks and reductions on accumulator fragments (layout: common/score.cuh).
 #pragma once
 
+#include "cuda/common/quad.cuh"
 #include "cuda/common/score.cuh"
 
 namespace onepass::cuda {
@@ -19,15 +20,6 @@ ONEPASS_DEVICE void for_each_tile(const Use& use) {
   for (int r = 0; r < R; ++r)
 #pragma unroll
     for (int c = 0; c < C; ++c) use(r, c);
-}
-
-ONEPASS_DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-ONEPASS_DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 // The columns that each row of this thread may use; row i of 2R is 8i below its first.
@@ -60,11 +52,12 @@ ONEPASS_DEVICE RowRanges<R> queries_of_rows(const Problem& problem, const Device
   return ranges;
 }
 
-// −inf outside the ranges; column0 is the column of the thread's first element.
+// `hidden` outside the ranges; column0 is the column of the thread's first element.
 template <int R, int C>
-ONEPASS_DEVICE void mask_scores(float (&s)[R][C][4], const RowRanges<R>& ranges, int column0) {
+ONEPASS_DEVICE void mask_scores(float (&s)[R][C][4], const RowRanges<R>& ranges, int column0,
+                                float hidden = -kInfinity) {
   for_each_element(s, [&](float& x, int r, int c, int e) {
-    if (!ranges.row[2 * r + e / 2].contains(column0 + 8 * c + e % 2)) x = -kInfinity;
+    if (!ranges.row[2 * r + e / 2].contains(column0 + 8 * c + e % 2)) x = hidden;
   });
 }
 

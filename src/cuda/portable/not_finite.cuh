@@ -49,7 +49,7 @@ ONEPASS_DEVICE bool make_tile_finite(std::uint32_t tile) {
   bool found = false;
 #pragma unroll 4
   for (int index = threadIdx.x; index < kRows * Tile::kChunks; index += kThreads) {
-    uint4 chunk = load_shared_16(tile + 16 * index);  // in the order of memory: which chunk it is does not matter
+    uint4 chunk = load_shared<uint4>(tile + 16 * index);  // in the order of memory: which chunk it is does not matter
     if (may_hold_not_finite<T>(chunk)) {
       make_finite<T>(chunk);
       store_shared(tile + 16 * index, chunk);
@@ -67,7 +67,7 @@ ONEPASS_DEVICE std::uint32_t make_rows_finite(std::uint32_t tile, int first_row)
   for (int index = threadIdx.x % 32; index < kRows * Tile::kChunks; index += 32) {
     const int row = index / Tile::kChunks;
     const std::uint32_t address = tile + Tile::offset(first_row + row, index % Tile::kChunks);
-    uint4 chunk = load_shared_16(address);
+    uint4 chunk = load_shared<uint4>(address);
     if (may_hold_not_finite<T>(chunk) && make_finite<T>(chunk)) {
       store_shared(address, chunk);
       rows |= 1u << row;

@@ -16,25 +16,25 @@ struct HalfProduct {
   template <class Tile>
   ONEPASS_DEVICE static void load_a(std::uint32_t (&a)[4], std::uint32_t tile, int row, int step) {
     const int lane = lane_id();
-    ldmatrix(a, tile + Tile::offset(row + lane % 16, 2 * step + lane / 16));
+    load_matrices(a, tile + Tile::offset(row + lane % 16, 2 * step + lane / 16));
   }
   // The same block of the transposed tile: rows of A are columns of the tile.
   template <class Tile>
   ONEPASS_DEVICE static void load_a_transposed(std::uint32_t (&a)[4], std::uint32_t tile, int row, int step) {
     const int lane = lane_id();
-    ldmatrix_transposed(a, tile + Tile::offset(16 * step + (lane / 16) * 8 + lane % 8, row / 8 + (lane / 8) % 2));
+    load_matrices_transposed(a, tile + Tile::offset(16 * step + (lane / 16) * 8 + lane % 8, row / 8 + (lane / 8) % 2));
   }
   // B fragments of two n8 tiles: B is the transpose of tile rows [row, row + 16) at summed columns 16·step.
   template <class Tile>
   ONEPASS_DEVICE static void load_b_rows(std::uint32_t (&b)[4], std::uint32_t tile, int row, int step) {
     const int lane = lane_id();
-    ldmatrix(b, tile + Tile::offset(row + (lane / 16) * 8 + lane % 8, 2 * step + (lane / 8) % 2));
+    load_matrices(b, tile + Tile::offset(row + (lane / 16) * 8 + lane % 8, 2 * step + (lane / 8) % 2));
   }
   // B fragments of two n8 tiles: B is tile rows [16·step, +16) at columns [column, column + 16).
   template <class Tile>
   ONEPASS_DEVICE static void load_b_columns(std::uint32_t (&b)[4], std::uint32_t tile, int step, int column) {
     const int lane = lane_id();
-    ldmatrix_transposed(b, tile + Tile::offset(16 * step + lane % 16, column / 8 + lane / 16));
+    load_matrices_transposed(b, tile + Tile::offset(16 * step + lane % 16, column / 8 + lane / 16));
   }
 
   // d += A·Bᵀ: A rows [row, +16R) of tile a, B rows [0, 8C) of tile b, summed over kDepth.

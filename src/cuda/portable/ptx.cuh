@@ -1,13 +1,9 @@
 // cuda/portable/ptx.cuh: one wrapper an instruction; everything here exists from sm_80 on.
 #pragma once
 
-#include "cuda/common/scalar.cuh"
+#include "cuda/common/ptx.cuh"
 
 namespace onepass::cuda {
-
-ONEPASS_DEVICE std::uint32_t shared_address(const void* pointer) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // Copies 16 bytes, or writes 16 zero bytes without reading when `valid` is false.
 ONEPASS_DEVICE void cp_async_16(std::uint32_t destination, const void* source, bool valid) {
@@ -19,37 +15,6 @@ ONEPASS_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::
 template <int kPending>
 ONEPASS_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-ONEPASS_DEVICE void store_shared(std::uint32_t address, std::uint32_t value) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-ONEPASS_DEVICE void store_shared(std::uint32_t address, uint4 value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
-               : "memory");
-}
-ONEPASS_DEVICE uint4 load_shared_16(std::uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-// Four 8×8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-ONEPASS_DEVICE void ldmatrix(std::uint32_t (&fragment)[4], std::uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-               : "r"(address)
-               : "memory");
-}
-ONEPASS_DEVICE void ldmatrix_transposed(std::uint32_t (&fragment)[4], std::uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-               : "r"(address)
-               : "memory");
 }
 
 // d += a·b for a 16×16 by 16×8 product of 16-bit elements.

@@ -112,7 +112,7 @@ ONEPASS_DEVICE void store_tile(std::uint32_t tile, const GlobalRows<T>& rows, in
     const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
     const int column = chunk * Tile::kElementsPerChunk;
     if (column >= rows.columns) continue;
-    const uint4 value = load_shared_16(tile + Tile::offset(row, chunk));
+    const uint4 value = load_shared<uint4>(tile + Tile::offset(row, chunk));
     T* const destination = rows.data + (first + row) * rows.stride + column;
     if (rows.vectorized) {
       *reinterpret_cast<uint4*>(destination) = value;

@@ -16,6 +16,16 @@ const std::vector<Case>& shape_cases();
 const std::vector<Case>& piecewise_cases();
 const std::vector<Case>& piecewise_shape_cases();
 
+// Several heads, tiles and options at once: for suites that are not about attention itself.
+inline const Case kBusy{.num_heads = 6,
+                        .num_heads_kv = 3,
+                        .seqlen_q = 100,
+                        .seqlen_k = 140,
+                        .causal = true,
+                        .bias = "hk",
+                        .sinks = true,
+                        .dropout = 0.1};
+
 // One backend and one dtype; the parameter of most suites.
 struct Target {
   std::string backend;
