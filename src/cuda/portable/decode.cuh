@@ -106,7 +106,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
               share.left - warp};
     if (share.left == 0) {
       if (guess) continue;
-      if (!fixed && threadIdx.x == 0) a.broken[blockIdx.x].parts = 0;
       return;
     }
     *reading = {share.pair, share.batch, share.head};
@@ -217,10 +216,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     }
     turn -= here;
 
-    // A part of the pair that others continue: its first block has it in slot 2i + 1, all others in 2i.
-    const bool part = here < pair.count, begins = first_unit == 0;
-    std::int64_t slot = -1;
-    if (part) slot = fixed ? std::int64_t{blockIdx.x} : 2 * std::int64_t{blockIdx.x} + (begins ? 1 : 0);
+    Parts parts;
+    if (here < pair.count) {
+      parts = fixed ? fixed_parts(a, min(a.parts, pair.count))
+                    : shared_parts(share.end - left - first_unit, pair.count, share.size);
+    }
     const std::int64_t query_start = Config::kPlain ? 0 : sequence.query_start;
     const int finished_batch = batch, finished_head = head;
     left -= here;
@@ -237,18 +237,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       __syncthreads();  // rows that were shared before are finished
       share_state(state, n, rows, shared);
       __syncthreads();
-      finish_rows<Config>(a, query_start, finished_batch, finished_head, 8 * n, rows,
-                          slot < 0 ? -1 : slot * a.rows + 8 * n, left % Config::kWarps,
+      finish_rows<Config>(a, query_start, finished_batch, finished_head, 8 * n, rows, parts, left % Config::kWarps,
                           reinterpret_cast<const PartialState*>(shared + Config::kStateOffset),
                           reinterpret_cast<const float*>(shared + Config::kOutputOffset));
+    }
+    if constexpr (N > 1) {
+      if (parts.count > 1) {
+        merge_rows<Config>(a, query_start, finished_batch, finished_head, rows, parts, left % Config::kWarps);
+      }
     }
     if (left > 0) {
       if (!Config::kDirectQueries && next_batch) sequence = cached_sequence<Config::kPlain>(a, batch);
       continue;
-    }
-    if (!fixed && threadIdx.x == 0) {
-      const int parts = part && begins ? 1 + (pair.count - here + share.size - 1) / share.size : 0;
-      a.broken[blockIdx.x] = {finished_batch, finished_head, parts, rows};
     }
     return;
   }

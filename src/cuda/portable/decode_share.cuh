@@ -40,7 +40,7 @@ ONEPASS_DEVICE PairUnits units_of(const DecodeArguments& a, int batch) {
   return units_of<Config>(a, cached_sequence<Config::kPlain>(a, batch));
 }
 
-// Units [begin, begin + size) of a pair's are part `part` of `parts`; parts without units are left out everywhere.
+// Units [begin, begin + size) of a pair's are part `part` of `parts`.
 struct Part {
   int begin, size;
 };
@@ -52,7 +52,7 @@ ONEPASS_DEVICE Part part_of(std::int64_t count, int part, int parts) {
 // A place in the line of units, and how many units from there on are this block's.
 struct Share {
   int batch = 0, head = 0, unit = 0, left = 0;
-  int size = 0;                     // of every share
+  int size = 0, end = 0;            // of every share; of this one, in the line
   PairUnits pair = {{0, 0}, 0, 0};  // of the first pair
   DeviceSequence sequence = {};     // plain calls: its sequence
 };
@@ -62,8 +62,10 @@ template <class Config>
 ONEPASS_DEVICE Share fixed_share(const DecodeArguments& a) {
   const int pair = blockIdx.x / a.parts, part = blockIdx.x % a.parts;
   const PairUnits units = units_of<Config>(a, pair / a.heads_kv);
-  const Part mine = part_of(units.count, part, a.parts);
-  return {pair / a.heads_kv, pair % a.heads_kv, mine.begin, mine.size, 0, units, {}};
+  const int parts = min(a.parts, units.count);  // others have no units
+  if (part >= parts) return {};
+  const Part mine = part_of(units.count, part, parts);
+  return {pair / a.heads_kv, pair % a.heads_kv, mine.begin, mine.size, 0, 0, units, {}};
 }
 
 // Equal shares of the line, in order; every warp works it out for itself. In plain calls a lane has up to four
@@ -144,6 +146,7 @@ ONEPASS_DEVICE Share equal_share(const DecodeArguments& a) {
   share.unit = inside - share.head * share.pair.count;
   share.left = min(size, total - begin);
   share.size = size;
+  share.end = begin + share.left;
   return share;
 }
 
