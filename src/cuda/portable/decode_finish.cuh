@@ -27,9 +27,10 @@ ONEPASS_DEVICE void write_row(const DecodeArguments& a, const PartialState& stat
   }
 }
 
-// Merges the warps' states of up to eight rows and writes the rows, or this part of them. One warp a row, the first of
-// them `first_warp`: others go on at once. Parts are merged here, too, unless registers still hold other rows.
-template <class Config>
+// Merges the states of kStates warps of up to eight rows and writes the rows, or this part of them. One warp a row, the
+// first of them `first_warp`: others go on at once. One state: the calling warp's own. Parts are merged here, too,
+// unless registers still hold other rows.
+template <class Config, int kStates = Config::kWarps>
 ONEPASS_DEVICE void finish_rows(const DecodeArguments& a, std::int64_t query_start, int batch, int head_kv,
                                 int first_row, int rows, const Parts& parts, int first_warp, const PartialState* states,
                                 const float* out) {
@@ -39,18 +40,19 @@ ONEPASS_DEVICE void finish_rows(const DecodeArguments& a, std::int64_t query_sta
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, end = min(8, rows - first_row);
 #pragma unroll 1
-  for (int row = (warp + kWarps - first_warp) % kWarps; row < end; row += kWarps) {
+  for (int row = kStates == 1 ? 0 : (warp + kWarps - first_warp) % kWarps; row < end;
+       row += kStates == 1 ? 1 : kWarps) {
     const int slot_row = (first_row + row) % Config::kRows;
     std::uint64_t* const counter = arrivals_of<Config>(a, parts, slot_row);
     std::uint64_t found = 0;
     if (kMergesParts && parts.count > 1) found = load_counter(counter);  // there when the part is
     PartialState merged{-kInfinity, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) merged.largest = fmaxf(merged.largest, states[8 * w + row].largest);
+    for (int w = 0; w < kStates; ++w) merged.largest = fmaxf(merged.largest, states[8 * w + row].largest);
     const float base = merged.largest == -kInfinity ? 0.0f : merged.largest;
     float4 x[kChunks] = {};
 #pragma unroll kUnroll
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < kStates; ++w) {
       const PartialState part = states[8 * w + row];
       const float f = part.sum == 0.0f ? 0.0f : exp2_approx((part.largest == -kInfinity ? 0.0f : part.largest) - base);
       merged.sum += f * part.sum;
