@@ -1,6 +1,8 @@
 // cuda/portable/cached.cpp: host side of attention over caches: which kernel, how the keys are split, workspace.
 #include <algorithm>
+#include <atomic>
 #include <numbers>
+#include <random>
 
 #include "core/parallel.h"
 #include "cuda/portable/cached_tile.h"
@@ -113,8 +115,8 @@ DecodeArguments arguments_of(const CachedProblem& problem, const DecodeKernel& k
   a.capacity = static_cast<int>(problem.cache.capacity());
   a.window_left = window_of(p.window_left);
   a.window_right = window_of(p.window_right);
-  a.unit_tokens = kernel.unit_tokens;
-  a.parts = static_cast<int>(std::min<std::int64_t>(problem.num_splits, problem.cache.capacity() + 1));
+  a.parts = static_cast<int>(
+      std::min({problem.num_splits, problem.cache.capacity() + 1, std::int64_t{(1 << kArrivalBits) - 1}}));
   a.row_blocks = 1;
   a.has_terms = p.softcap > 0 || p.alibi_slopes != nullptr;
   a.vectorized_out = has_vectorized_output(p);
@@ -123,27 +125,30 @@ DecodeArguments arguments_of(const CachedProblem& problem, const DecodeKernel& k
   return a;
 }
 
-// Computes partial results in `slots` slots with `blocks` blocks, then merges them.
+// Another one for every call of the process, and not what memory holds.
+std::uint64_t next_ticket() {
+  static std::atomic<std::uint64_t> next = [] {
+    std::random_device random;
+    return std::uint64_t{random()} << 32 | random();
+  }();
+  return next++ << kArrivalBits;
+}
+
 void run_parts(const CachedProblem& problem, const DecodeKernel& kernel, DecodeArguments a, std::int64_t blocks,
-               std::int64_t slots, const ExecutionContext& context) {
-  const int device = problem.attention.device.index;
-  const std::int64_t rows = slots * a.rows;
-  const std::size_t state_bytes = static_cast<std::size_t>(rows) * sizeof(PartialState);
-  const std::size_t partial_bytes = static_cast<std::size_t>(rows) * a.columns * sizeof(float);
-  const bool equal_shares = a.parts == 0;
-  const std::size_t broken_bytes = equal_shares ? static_cast<std::size_t>(blocks) * sizeof(BrokenPair) : 0;
-  const Workspace workspace(context, problem.attention.device, state_bytes + partial_bytes + broken_bytes);
+               const ExecutionContext& context) {
+  const std::int64_t slots = a.parts == 0 ? 2 * blocks : a.parts == 1 ? 0 : blocks;
+  const std::int64_t counters = a.parts == 0 ? blocks : a.parts == 1 ? 0 : blocks / a.parts;
+  const auto rows = static_cast<std::size_t>(slots * a.rows), counted = static_cast<std::size_t>(counters * a.rows);
+  const std::size_t partial_bytes = rows * a.columns * sizeof(float), state_bytes = rows * sizeof(PartialState);
+  const Workspace workspace(context, problem.attention.device,
+                            partial_bytes + state_bytes + counted * sizeof(std::uint64_t));
   a.partials = workspace.as<float>();
   a.states = reinterpret_cast<PartialState*>(workspace.as<char>() + partial_bytes);
-  a.broken = reinterpret_cast<BrokenPair*>(workspace.as<char>() + partial_bytes + state_bytes);
+  a.arrivals = reinterpret_cast<std::uint64_t*>(workspace.as<char>() + partial_bytes + state_bytes);
+  a.ticket = next_ticket();
   a.grid = Divider(blocks);
-  const char* const operation = problem.attention.operation;
-  launch_dependent(operation, kernel.kernel, {blocks, kernel.threads, kernel.shared_bytes}, device, context.stream, a);
-  if (a.parts == 1) return;
-  const CombineKernel combine = combine_kernel(equal_shares);
-  const std::int64_t merges =
-      equal_shares ? blocks : problem.attention.batch * problem.cache.num_heads_kv * a.row_blocks;
-  launch_dependent(operation, combine.kernel, {merges, combine.threads}, device, context.stream, a);
+  launch_dependent(problem.attention.operation, kernel.kernel, {blocks, kernel.threads, kernel.shared_bytes},
+                   problem.attention.device.index, context.stream, a);
 }
 
 // The kernel that a row gets must not depend on the rows of other sequences where its bits must not.
@@ -159,7 +164,7 @@ void run_matrix(const CachedProblem& problem, const DecodeKernel& kernel, std::i
   const std::int64_t resident =
       std::int64_t{device_info(problem.attention.device.index).multiprocessors} * kernel.blocks_per_multiprocessor;
   const std::int64_t blocks = a.parts > 0 ? pairs * a.parts : resident;
-  run_parts(problem, kernel, a, blocks, a.parts > 1 ? blocks : a.parts == 1 ? 0 : 2 * blocks, context);
+  run_parts(problem, kernel, a, blocks, context);
 }
 
 // Sequences of at most max_rows rows.
@@ -177,7 +182,7 @@ void run_general(const CachedProblem& problem, std::int64_t max_rows, const Exec
     a.parts = static_cast<int>(std::clamp<std::int64_t>(wanted, 1, kMostParts));
   }
   const std::int64_t blocks = pairs * a.row_blocks * a.parts;
-  run_parts(problem, kernel, a, blocks, a.parts > 1 ? blocks : 0, context);
+  run_parts(problem, kernel, a, blocks, context);
 }
 
 CachedTileKernel tile_kernel(const CachedProblem& problem) {

@@ -102,31 +102,42 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   for (bool guess = Config::kPlain;; guess = false) {
     if (!guess) wait_for_previous_grid();
     share = fixed ? fixed_share<Config>(a) : equal_share<Config>(a);
-    reader = {(share.pair.first + share.unit + warp) * Config::kTokens, share.pair.count - share.unit - warp,
-              share.left - warp};
     if (share.left == 0) {
       if (guess) continue;
-      if (!fixed && threadIdx.x == 0) a.broken[blockIdx.x].parts = 0;
       return;
     }
     *reading = {share.pair, share.batch, share.head};
     __syncwarp();
-    settle<Config>(reader, reading, a);
+    const int turn = share.alone ? 0 : warp;
+    reader = {(share.pair.first + share.unit + turn) * Config::kTokens, share.pair.count - share.unit - turn,
+              share.left - turn};
+    if (!share.alone) {
+      settle<Config>(reader, reading, a);
+    } else if (warp > 0) {
+      pass_pairs<Config>(reader, reading, a, warp);
+    }
     find_unit<Config>(next, a, reader, *reading);
     if (!guess) break;
     if constexpr (Config::kPlain) {
       prefetch_unit<Config>(next, a);
-      prefetch_second<Config>(next, a, reader, *reading);
+      prefetch_second<Config>(next, a, reader, *reading, share.alone);
       __syncwarp();
     }
   }
   uint4 keys[Config::kTokens / 8][Config::kKeyPieces], values[M][4][Config::kValuePieces];
   request_keys<Config>(keys, a, next, 0);
   request_values<Config>(values, a, next, 0);
-  if constexpr (Config::kPlain) prefetch_second<Config>(next, a, reader, *reading);
+  if constexpr (Config::kPlain) prefetch_second<Config>(next, a, reader, *reading, share.alone);
 
   int batch = share.batch, head = share.head, first_unit = share.unit, left = share.left;
   int turn = warp;  // of the warp's next unit among those of the share from the pair's first on
+  const bool alone = Config::kAlone && share.alone;
+  if (alone) {
+    if (reader.left <= 0) return;
+    batch = reading->batch, head = reading->head, first_unit = reading->units.count - reader.in_pair;
+    left = reader.left, turn = 0;
+    share.sequence = cached_sequence<Config::kPlain>(a, batch);
+  }
   DeviceSequence sequence = Config::kDirectQueries ? share.sequence : cached_sequence<Config::kPlain>(a, batch);
   uint2 query_fragments[Config::kQueriesInRegisters ? Config::kHeadDim / 16 : 1] = {};
   if constexpr (Config::kDirectQueries) load_query_fragments<Config>(query_fragments, a, batch, head);
@@ -166,9 +177,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     }
 
 #pragma unroll 1
-    for (; turn < here; turn += Config::kWarps) {
+    for (; turn < here; turn += alone ? 1 : Config::kWarps) {
       const UnitOf<Config> unit = next;
-      advance<Config>(reader, reading, a);
+      advance<Config>(reader, reading, a, alone);
       find_unit<Config>(next, a, reader, *reading);
       // What is loaded only when its turn comes is near by then.
       if constexpr (Config::kPlain && kSlices > 1) prefetch_unit<Config>(next, a);
@@ -215,21 +226,38 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
         }
       }
     }
-    turn -= here;
+    turn = alone ? 0 : turn - here;
 
-    // A part of the pair that others continue: its first block has it in slot 2i + 1, all others in 2i.
-    const bool part = here < pair.count, begins = first_unit == 0;
-    std::int64_t slot = -1;
-    if (part) slot = fixed ? std::int64_t{blockIdx.x} : 2 * std::int64_t{blockIdx.x} + (begins ? 1 : 0);
+    Parts parts;
+    if (here < pair.count) {
+      parts = fixed ? fixed_parts(a, min(a.parts, pair.count))
+                    : shared_parts(share.end - left - first_unit, pair.count, share.size);
+    }
     const std::int64_t query_start = Config::kPlain ? 0 : sequence.query_start;
     const int finished_batch = batch, finished_head = head;
     left -= here;
     first_unit = 0;
     bool next_batch = false;
-    if (left > 0 && ++head == a.heads_kv) head = 0, ++batch, next_batch = true;
+    if (alone) {
+      left = reader.left, batch = reading->batch, head = reading->head;
+      next_batch = left > 0 && batch != finished_batch;
+    } else if (left > 0 && ++head == a.heads_kv) {
+      head = 0, ++batch, next_batch = true;
+    }
     if constexpr (Config::kDirectQueries) {  // what the next pair waits for, before this one is finished
       if (next_batch) sequence = cached_sequence<Config::kPlain>(a, batch);
       if (left > 0) load_query_fragments<Config>(query_fragments, a, batch, head);
+    }
+    if (alone) {
+      __syncwarp();
+      share_state(state, 0, rows, shared);
+      __syncwarp();
+      finish_rows<Config, 1>(
+          a, query_start, finished_batch, finished_head, 0, rows, parts, 0,
+          reinterpret_cast<const PartialState*>(shared + Config::kStateOffset) + 8 * warp,
+          reinterpret_cast<const float*>(shared + Config::kOutputOffset) + warp * 8 * Config::kOutputPitch);
+      if (left > 0) continue;
+      return;
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -237,18 +265,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       __syncthreads();  // rows that were shared before are finished
       share_state(state, n, rows, shared);
       __syncthreads();
-      finish_rows<Config>(a, query_start, finished_batch, finished_head, 8 * n, rows,
-                          slot < 0 ? -1 : slot * a.rows + 8 * n, left % Config::kWarps,
+      finish_rows<Config>(a, query_start, finished_batch, finished_head, 8 * n, rows, parts, left % Config::kWarps,
                           reinterpret_cast<const PartialState*>(shared + Config::kStateOffset),
                           reinterpret_cast<const float*>(shared + Config::kOutputOffset));
+    }
+    if constexpr (N > 1) {
+      if (parts.count > 1) {
+        merge_rows<Config>(a, query_start, finished_batch, finished_head, rows, parts, left % Config::kWarps);
+      }
     }
     if (left > 0) {
       if (!Config::kDirectQueries && next_batch) sequence = cached_sequence<Config::kPlain>(a, batch);
       continue;
-    }
-    if (!fixed && threadIdx.x == 0) {
-      const int parts = part && begins ? 1 + (pair.count - here + share.size - 1) / share.size : 0;
-      a.broken[blockIdx.x] = {finished_batch, finished_head, parts, rows};
     }
     return;
   }

@@ -1,7 +1,7 @@
 // cuda/portable/decode.h: what the host and the decode kernels agree on.
 //
 // A pair is a (sequence, key/value head); its rows are all queries of all query heads of the group, query by query. The
-// keys that some row sees are cut into units of unit_tokens, and all units of all pairs stand in one line. Blocks take
+// keys that some row sees are cut into units of 16 or 32, and all units of all pairs stand in one line. Blocks take
 // equal shares of that line, or, with a fixed number of parts, one part of one pair each. Lengths live on the device,
 // so every block works out its own share; bits depend on lengths alone, not on capacities or storage.
 #pragma once
@@ -40,10 +40,8 @@ struct PartialState {
   float repaired;  // not 0: infinities and NaNs among the values were left out and must be added
 };
 
-// Equal shares: the pair that a block begins and others continue, in `parts` parts; 0: there is none.
-struct BrokenPair {
-  int batch, head, parts, rows;
-};
+// How many parts of a row have arrived is counted below the call's ticket, in memory that nobody clears.
+inline constexpr int kArrivalBits = 16;
 
 // Keys or values; strides in bytes.
 struct StoredRows {
@@ -68,10 +66,11 @@ struct DecodeArguments {
   StoredRows k, v;
   Operand q;
   Divider group;
-  int rows, columns;     // of a slot
-  PartialState* states;  // (slots, rows). Equal shares: two slots a block; else one a (pair, row block, part)
-  float* partials;       // (slots, rows, columns)
-  BrokenPair* broken;    // equal shares: one a block
+  int rows, columns;        // of a slot
+  PartialState* states;     // (slots, rows). Equal shares: two slots a block; else one a (pair, row block, part)
+  float* partials;          // (slots, rows, columns)
+  std::uint64_t* arrivals;  // (blocks, rows), of the pair that a block begins; else (pairs, row blocks, rows)
+  std::uint64_t ticket;
   const void* sinks;
   DType sinks_dtype, dtype;
   Operand out;
@@ -79,8 +78,7 @@ struct DecodeArguments {
   bool vectorized_out;
   bool has_terms;  // softcap or ALiBi
   RowVector lse;
-  int max_rows;  // sequences of more rows are left to another kernel
-  int unit_tokens;
+  int max_rows;    // sequences of more rows are left to another kernel
   int row_blocks;  // of a.rows rows, each worked on like a pair; 1 with equal shares
   CachedProblem problem;
 };
@@ -91,7 +89,6 @@ struct DecodeKernel {
   int blocks_per_multiprocessor;
   int rows;     // at most, of a pair
   int columns;  // head dim that the kernel computes with
-  int unit_tokens;
 };
 
 // Kernels on tensor cores for 16-byte aligned rows: float16 and bfloat16 queries over the same type or 8 bits (and
@@ -104,13 +101,5 @@ DecodeKernel decode_kernel_for(DType storage, int rows, int plain_tokens);
 // products. a.rows are kGeneralRows.
 inline constexpr int kGeneralRows = 8;
 DecodeKernel general_decode_kernel(DType storage, std::int64_t head_dim);
-
-struct CombineKernel {
-  void (*kernel)(DecodeArguments);
-  int threads;
-};
-// Merges the parts of the rows of pairs that have several. Equal shares: one block for each block of the kernel before;
-// else one a (pair, row block).
-CombineKernel combine_kernel(bool equal_shares);
 
 }  // namespace onepass::cuda

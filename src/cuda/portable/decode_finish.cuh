@@ -1,29 +1,58 @@
 // cuda/portable/decode_finish.cuh: from the states of a block's warps to output rows or partial results.
 #pragma once
 
-#include "cuda/portable/decode_rows.cuh"
+#include "cuda/portable/decode_parts.cuh"
 
 namespace onepass::cuda {
 
-// Merges the warps' states of up to eight rows and writes the rows, or this part of them: into partial rows from
-// slot_row on unless that is −1. One warp a row, the first of them `first_warp`: others go on at once.
 template <class Config>
+ONEPASS_DEVICE void write_row(const DecodeArguments& a, const PartialState& state,
+                              const float4 (&x)[kRowChunks<Config>], std::int64_t query_start, int batch, int head_kv,
+                              int row) {
+  const int lane = threadIdx.x % 32;
+  const RowPlace place = place_of(a, head_kv, row);
+  const RowEnd end = end_of(state, a, place.head);
+  const std::int64_t token = query_start + place.query;
+#pragma unroll
+  for (int c = 0; c < kRowChunks<Config>; ++c) {
+    const int d = 4 * lane + 128 * c;
+    if (d >= Config::kHeadDim) continue;
+    const float f = end.factor;
+    store_output<Config::kPlain>(a, batch, place.head, token, d, {f * x[c].x, f * x[c].y, f * x[c].z, f * x[c].w});
+  }
+  if (lane == 0) store_lse(a.lse, batch, place.head, token, end.lse);
+  if (state.repaired != 0.0f) {
+    __syncwarp();
+    restore_values(a, batch, head_kv, row, false);
+  }
+}
+
+// Merges the states of kStates warps of up to eight rows and writes the rows, or this part of them. One warp a row, the
+// first of them `first_warp`: others go on at once. One state: the calling warp's own. Parts are merged here, too,
+// unless registers still hold other rows.
+template <class Config, int kStates = Config::kWarps>
 ONEPASS_DEVICE void finish_rows(const DecodeArguments& a, std::int64_t query_start, int batch, int head_kv,
-                                int first_row, int rows, std::int64_t slot_row, int first_warp,
-                                const PartialState* states, const float* out) {
-  constexpr int kWarps = Config::kWarps, kChunks = (Config::kHeadDim + 127) / 128;  // of four channels a lane
-  constexpr int kUnroll = Config::kRows > 8 ? 2 : 4;  // registers still hold other rows, or the next keys
+                                int first_row, int rows, const Parts& parts, int first_warp, const PartialState* states,
+                                const float* out) {
+  constexpr int kWarps = Config::kWarps, kChunks = kRowChunks<Config>;
+  constexpr bool kMergesParts = Config::kRows == 8;
+  constexpr int kUnroll = kMergesParts ? 4 : 2;  // registers still hold other rows, or the next keys
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, end = min(8, rows - first_row);
 #pragma unroll 1
-  for (int row = (warp + kWarps - first_warp) % kWarps; row < end; row += kWarps) {
+  for (int row = kStates == 1 ? 0 : (warp + kWarps - first_warp) % kWarps; row < end;
+       row += kStates == 1 ? 1 : kWarps) {
+    const int slot_row = (first_row + row) % Config::kRows;
+    std::uint64_t* const counter = arrivals_of<Config>(a, parts, slot_row);
+    std::uint64_t found = 0;
+    if (kMergesParts && parts.count > 1) found = load_counter(counter);  // there when the part is
     PartialState merged{-kInfinity, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) merged.largest = fmaxf(merged.largest, states[8 * w + row].largest);
+    for (int w = 0; w < kStates; ++w) merged.largest = fmaxf(merged.largest, states[8 * w + row].largest);
     const float base = merged.largest == -kInfinity ? 0.0f : merged.largest;
     float4 x[kChunks] = {};
 #pragma unroll kUnroll
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < kStates; ++w) {
       const PartialState part = states[8 * w + row];
       const float f = part.sum == 0.0f ? 0.0f : exp2_approx((part.largest == -kInfinity ? 0.0f : part.largest) - base);
       merged.sum += f * part.sum;
@@ -37,29 +66,38 @@ ONEPASS_DEVICE void finish_rows(const DecodeArguments& a, std::int64_t query_sta
         x[c] = {fmaf(f, y.x, x[c].x), fmaf(f, y.y, x[c].y), fmaf(f, y.z, x[c].z), fmaf(f, y.w, x[c].w)};
       }
     }
-    const RowPlace place = place_of(a, head_kv, first_row + row);
-    const RowEnd end_of_row = end_of(merged, a, place.head);
-    const std::int64_t token = query_start + place.query;
+    if (parts.count > 1) {
+      const int slot = parts.slot(parts.index);
+      float* const partial = partial_row<Config>(a, slot, slot_row);
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int d = 4 * lane + 128 * c;
-      if (d >= Config::kHeadDim) continue;
-      if (slot_row >= 0) {
-        *reinterpret_cast<float4*>(a.partials + (slot_row + row) * a.columns + d) = x[c];
-      } else {
-        const float f = end_of_row.factor;
-        store_output<Config::kPlain>(a, batch, place.head, token, d, {f * x[c].x, f * x[c].y, f * x[c].z, f * x[c].w});
+      for (int c = 0; c < kChunks; ++c) {
+        const int d = 4 * lane + 128 * c;
+        if (d < Config::kHeadDim) *reinterpret_cast<float4*>(partial + d) = x[c];
       }
+      if (lane == 0) *partial_state<Config>(a, slot, slot_row) = merged;
+      if constexpr (!kMergesParts) continue;
+      if (!arrives_last(counter, found, a.ticket, parts.count)) continue;
+      merge_parts<Config>(merged, x, a, parts, slot_row);
     }
-    if (slot_row >= 0) {
-      if (lane == 0) a.states[slot_row + row] = merged;
-      continue;
-    }
-    if (lane == 0) store_lse(a.lse, batch, place.head, token, end_of_row.lse);
-    if (merged.repaired != 0.0f) {
-      __syncwarp();
-      restore_values(a, batch, head_kv, first_row + row, false);
-    }
+    write_row<Config>(a, merged, x, query_start, batch, head_kv, first_row + row);
+  }
+}
+
+// Merges the parts of rows that finish_rows() has left.
+template <class Config>
+ONEPASS_DEVICE void merge_rows(const DecodeArguments& a, std::int64_t query_start, int batch, int head_kv, int rows,
+                               const Parts& parts, int first_warp) {
+  constexpr int kWarps = Config::kWarps;
+  static_assert(kWarps >= 8);  // a warp has the same row of every eight
+  const int first = (threadIdx.x / 32 + kWarps - first_warp) % kWarps;
+#pragma unroll 1
+  for (int row = first < 8 ? first : rows; row < rows; row += 8) {
+    std::uint64_t* const counter = arrivals_of<Config>(a, parts, row);
+    if (!arrives_last(counter, load_counter(counter), a.ticket, parts.count)) continue;
+    PartialState merged;
+    float4 x[kRowChunks<Config>];
+    merge_parts<Config>(merged, x, a, parts, row);
+    write_row<Config>(a, merged, x, query_start, batch, head_kv, row);
   }
 }
 

@@ -72,8 +72,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int batch = pair / heads, head = pair % heads, first_row = block * kRows;
   const DeviceSequence sequence = cached_sequence(a, batch);
   const PairUnits units = units_of(a, sequence, first_row, Config::kTokens);
-  const Part mine = part_of(units.count, part, a.parts);
-  if (mine.size == 0) return;
+  const int parts = min(a.parts, units.count);  // others have no units
+  if (part >= parts) return;
+  const Part mine = part_of(units.count, part, parts);
   const int rows = min(kRows, sequence.seqlen_q * a.group_size - first_row);
 
   auto* const queries = reinterpret_cast<float*>(shared);
@@ -199,9 +200,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
     for (int c = 0; c < kPerLane; ++c) outputs[r * Config::kOutputPitch + lane + 32 * c] = out[r][c];
   __syncthreads();
-  const bool partial = mine.size < units.count;
-  finish_rows<Config>(a, sequence.query_start, batch, head, first_row, first_row + rows,
-                      partial ? std::int64_t{blockIdx.x} * kRows : -1, 0,
+  finish_rows<Config>(a, sequence.query_start, batch, head, first_row, first_row + rows, fixed_parts(a, parts), 0,
                       reinterpret_cast<const PartialState*>(shared + Config::kStateOffset),
                       reinterpret_cast<const float*>(shared + Config::kOutputOffset));
 }
@@ -210,13 +209,7 @@ template <DType kStorage>
 DecodeKernel general_of(std::int64_t head_dim) {
   const auto describe = [](auto config) -> DecodeKernel {
     using Config = decltype(config);
-    return {cached_general_kernel<Config>,
-            Config::kThreads,
-            Config::kSharedBytes,
-            2,
-            Config::kRows,
-            Config::kHeadDim,
-            Config::kTokens};
+    return {cached_general_kernel<Config>, Config::kThreads, Config::kSharedBytes, 2, Config::kRows, Config::kHeadDim};
   };
   return head_dim > 128 ? describe(GeneralConfig<kStorage, 16>{}) : describe(GeneralConfig<kStorage, 4>{});
 }

@@ -7,8 +7,8 @@ namespace onepass::cuda {
 
 template <class Config>
 DecodeKernel describe_decode() {
-  return {decode_kernel<Config>, Config::kThreads, Config::kSharedBytes, Config::kBlocks,
-          Config::kRows,         Config::kHeadDim, Config::kTokens};
+  return {decode_kernel<Config>, Config::kThreads, Config::kSharedBytes,
+          Config::kBlocks,       Config::kRows,    Config::kHeadDim};
 }
 template <class T, DType kStorage, int kHeadDim, int kColumnTiles>
 DecodeKernel plain_or_null(int plain_tokens) {

@@ -28,6 +28,18 @@ ONEPASS_DEVICE int load_index(const std::int32_t* source) {
   return value;
 }
 
+ONEPASS_DEVICE std::uint64_t load_counter(const std::uint64_t* source) {
+  std::uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(source) : "memory");
+  return value;
+}
+// counter += 1; the count before. What the warp has written is seen by those who count after it.
+ONEPASS_DEVICE std::uint64_t count_arrival(std::uint64_t* counter) {
+  std::uint64_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 static __device__ const uint4 zero_bytes = {0, 0, 0, 0};
 
 // Loads kBytes (8 or 16) that are read once.

@@ -40,7 +40,7 @@ ONEPASS_DEVICE PairUnits units_of(const DecodeArguments& a, int batch) {
   return units_of<Config>(a, cached_sequence<Config::kPlain>(a, batch));
 }
 
-// Units [begin, begin + size) of a pair's are part `part` of `parts`; parts without units are left out everywhere.
+// Units [begin, begin + size) of a pair's are part `part` of `parts`.
 struct Part {
   int begin, size;
 };
@@ -52,7 +52,8 @@ ONEPASS_DEVICE Part part_of(std::int64_t count, int part, int parts) {
 // A place in the line of units, and how many units from there on are this block's.
 struct Share {
   int batch = 0, head = 0, unit = 0, left = 0;
-  int size = 0;                     // of every share
+  int size = 0, end = 0;            // of every share; of this one, in the line
+  bool alone = false;               // every warp has pairs of its own, all of which are short
   PairUnits pair = {{0, 0}, 0, 0};  // of the first pair
   DeviceSequence sequence = {};     // plain calls: its sequence
 };
@@ -62,8 +63,10 @@ template <class Config>
 ONEPASS_DEVICE Share fixed_share(const DecodeArguments& a) {
   const int pair = blockIdx.x / a.parts, part = blockIdx.x % a.parts;
   const PairUnits units = units_of<Config>(a, pair / a.heads_kv);
-  const Part mine = part_of(units.count, part, a.parts);
-  return {pair / a.heads_kv, pair % a.heads_kv, mine.begin, mine.size, 0, units, {}};
+  const int parts = min(a.parts, units.count);  // others have no units
+  if (part >= parts) return {};
+  const Part mine = part_of(units.count, part, parts);
+  return {pair / a.heads_kv, pair % a.heads_kv, mine.begin, mine.size, 0, 0, false, units, {}};
 }
 
 // Equal shares of the line, in order; every warp works it out for itself. In plain calls a lane has up to four
@@ -72,7 +75,7 @@ template <class Config>
 ONEPASS_DEVICE Share equal_share(const DecodeArguments& a) {
   constexpr int kEach = Config::kPlain ? 4 : 1, kAtOnce = 32 * kEach;
   const int lane = threadIdx.x % 32;
-  int total = 0, size = 0, begin = 0, before = 0;
+  int total = 0, size = 0, begin = 0, before = 0, longest = 0;
   bool counted = false;  // first all units, then, in a second pass where the lanes were too few, the share's begin
   DeviceSequence sequences[kEach];
   int ends[kEach], units[kEach];  // of the sequences up to a lane's, from the first of these 32 on; of its own
@@ -90,7 +93,11 @@ ONEPASS_DEVICE Share equal_share(const DecodeArguments& a) {
       ends[i] = units[i] = 0;
       sums[i + 1] = sums[i];
       if (i > 0 && first + 32 * i >= a.batch) continue;
-      if (first + 32 * i + lane < a.batch) units[i] = units_of<Config>(a, sequences[i]).count * a.heads_kv;
+      if (first + 32 * i + lane < a.batch) {
+        const int count = units_of<Config>(a, sequences[i]).count;
+        longest = max(longest, count);
+        units[i] = count * a.heads_kv;
+      }
       ends[i] = units[i];
       if (a.batch > 1) {
 #pragma unroll
@@ -144,6 +151,11 @@ ONEPASS_DEVICE Share equal_share(const DecodeArguments& a) {
   share.unit = inside - share.head * share.pair.count;
   share.left = min(size, total - begin);
   share.size = size;
+  if constexpr (Config::kAlone) {
+    longest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(longest)));
+    share.alone = longest <= Config::kLongestAlone && size >= Config::kWarps * longest;
+  }
+  share.end = begin + share.left;
   return share;
 }
 

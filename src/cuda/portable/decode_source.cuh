@@ -8,7 +8,8 @@
 
 namespace onepass::cuda {
 
-// A warp's next unit. Its units are kWarps apart; the pair that holds the next one is in shared memory.
+// A warp's next unit, and, in shared memory, the pair that holds it. A block's warps take turns, or have pairs of their
+// own, kWarps apart.
 struct ReaderPair {
   PairUnits units;
   int batch, head;
@@ -29,7 +30,8 @@ ONEPASS_DEVICE void settle(Reader& reader, ReaderPair* shared, const DecodeArgum
     if (++pair.head == a.heads_kv) {
       pair.head = 0;
       do {
-        pair.units = units_of<Config>(a, ++pair.batch);  // the share ends before the batch does
+        pair.batch = min(pair.batch + 1, a.batch - 1);  // ends the guess of a share from lengths that change
+        pair.units = units_of<Config>(a, pair.batch);
       } while (pair.units.count == 0);
     }
     reader.in_pair += pair.units.count;
@@ -40,8 +42,41 @@ ONEPASS_DEVICE void settle(Reader& reader, ReaderPair* shared, const DecodeArgum
   reader.token = (pair.units.first + pair.units.count - reader.in_pair) * Config::kTokens;
 }
 
+// To the pair `count` pairs behind.
 template <class Config>
-ONEPASS_DEVICE void advance(Reader& reader, ReaderPair* shared, const DecodeArguments& a) {
+ONEPASS_DEVICE void pass_pairs(Reader& reader, ReaderPair* shared, const DecodeArguments& a, int count) {
+  ReaderPair pair = *shared;
+  reader.left -= reader.in_pair;
+  ++pair.head;
+  --count;
+#pragma unroll 1
+  while (reader.left > 0) {
+    if (pair.head == a.heads_kv) {
+      pair.head = 0;
+      pair.batch = min(pair.batch + 1, a.batch - 1);
+      pair.units = units_of<Config>(a, pair.batch);
+    }
+    const int passed = min(count, a.heads_kv - pair.head);
+    pair.head += passed;
+    count -= passed;
+    reader.left -= passed * pair.units.count;
+    if (pair.head < a.heads_kv) break;
+  }
+  reader.in_pair = pair.units.count;
+  reader.token = pair.units.first * Config::kTokens;
+  __syncwarp();
+  *shared = pair;
+  __syncwarp();
+}
+
+template <class Config>
+ONEPASS_DEVICE void advance(Reader& reader, ReaderPair* shared, const DecodeArguments& a, bool alone) {
+  if (alone) {
+    reader.token += Config::kTokens;
+    --reader.left;
+    if (--reader.in_pair == 0) pass_pairs<Config>(reader, shared, a, Config::kWarps);
+    return;
+  }
   reader.token += Config::kWarps * Config::kTokens;
   reader.in_pair -= Config::kWarps;
   reader.left -= Config::kWarps;
@@ -160,11 +195,11 @@ ONEPASS_DEVICE void prefetch_unit(const PlainUnit& unit, const DecodeArguments& 
 // The warp's unit after this one, where it is not far to seek.
 template <class Config>
 ONEPASS_DEVICE void prefetch_second(const PlainUnit& unit, const DecodeArguments& a, const Reader& reader,
-                                    const ReaderPair& pair) {
-  constexpr int kAhead = Config::kWarps * Config::kTokens;
-  const int last = min(pair.units.keys.end - unit.token, kAhead + Config::kTokens) - 1;
-  if (a.page_table != nullptr || unit.high < unit.low || reader.left <= Config::kWarps || last < kAhead) return;
-  prefetch_rows<Config>(unit, a, kAhead, last);
+                                    const ReaderPair& pair, bool alone) {
+  const int units = alone ? 1 : Config::kWarps, ahead = units * Config::kTokens;
+  const int last = min(pair.units.keys.end - unit.token, ahead + Config::kTokens) - 1;
+  if (a.page_table != nullptr || unit.high < unit.low || reader.left <= units || last < ahead) return;
+  prefetch_rows<Config>(unit, a, ahead, last);
 }
 
 // Token rows g, 8 + g, … of a unit; lane t of a quad takes every fourth piece.
