@@ -145,8 +145,9 @@ ONEPASS_DEVICE void find_unit(PlainUnit& unit, const DecodeArguments& a, const R
     const KVStorage& cache = a.problem.cache;
     if (cache.granularity != ScaleGranularity::kTensor && unit.is_live(lane_id())) {
       const TokenSlot slot{block, offset + lane_id()};
-      unit.key_scale = cache.k_scale.data[offset_in(cache.k_scale, slot, pair.head)];
-      unit.value_scale = cache.v_scale.data[offset_in(cache.v_scale, slot, pair.head)];
+      // Past the first-level cache, like lengths: before the grid ahead is done this is a guess.
+      unit.key_scale = __ldcg(cache.k_scale.data + offset_in(cache.k_scale, slot, pair.head));
+      unit.value_scale = __ldcg(cache.v_scale.data + offset_in(cache.v_scale, slot, pair.head));
     }
   }
 }
