@@ -73,7 +73,7 @@ cuda: cuda-build
 # The C++ suite on every CUDA backend, the Python suite with CUDA tensors, and what only CUDA has.
 test-cuda: cuda-build
 	@tools/setup build test
-	@build/cuda/tests/cpp/onepass_tests --gtest_filter='*cuda_*:*hopper_*' --gtest_brief=1
+	@build/cuda/tests/cpp/onepass_tests --gtest_filter='*/cuda*:*/hopper*' --gtest_brief=1
 	@PYTHONPATH=python $(python) -m pytest -q -m cuda tests/python tests/cuda
 
 clean:

@@ -217,6 +217,22 @@ void run_tile(const CachedProblem& problem, const CachedTileKernel& kernel, std:
                    context.stream, tile);
 }
 
+// Few rows are bound by memory, many by arithmetic; a batch may have sequences of both kinds. Few rows come first: they
+// alone take memory, and a call that finds none must have written nothing.
+void attend(const CachedProblem& problem, const ExecutionContext& context) {
+  const std::int64_t rows = longest_rows(problem);
+  const CachedTileKernel tile = tile_kernel(problem);
+  const std::int64_t few = tile.kernel == nullptr ? rows : std::min(rows, few_rows(problem));
+  if (rows <= few || problem.attention.ragged()) {
+    if (const DecodeKernel kernel = chosen_kernel(problem, few); kernel.kernel != nullptr) {
+      run_matrix(problem, kernel, few, context);
+    } else {
+      run_general(problem, few, context);
+    }
+  }
+  if (rows > few) run_tile(problem, tile, few + 1, context);
+}
+
 }  // namespace
 
 Unsupported supports_cached(const CachedProblem& problem) {
@@ -235,19 +251,8 @@ Unsupported supports_cached(const CachedProblem& problem) {
 void cached(const CachedProblem& problem, const ExecutionContext& context) {
   const Problem& p = problem.attention;
   const DeviceGuard guard(p.device.index);
+  if (p.batch > 0 && p.num_heads > 0 && p.seqlen_q > 0) attend(problem, context);
   if (p.ragged()) clear_unowned_queries(p, p.out, p.head_dim_v, p.lse, context);
-  if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0) return;
-  const std::int64_t rows = longest_rows(problem);
-  const CachedTileKernel tile = tile_kernel(problem);
-  // Few rows are bound by memory, many by arithmetic; a batch may have sequences of both kinds.
-  const std::int64_t few = tile.kernel == nullptr ? rows : std::min(rows, few_rows(problem));
-  if (rows > few) run_tile(problem, tile, few + 1, context);
-  if (rows > few && !p.ragged()) return;
-  if (const DecodeKernel kernel = chosen_kernel(problem, few); kernel.kernel != nullptr) {
-    run_matrix(problem, kernel, few, context);
-  } else {
-    run_general(problem, few, context);
-  }
 }
 
 }  // namespace onepass::cuda

@@ -75,7 +75,7 @@ template <class Tile, int kRows, int kThreads, bool kRecompute = false, class T>
 ONEPASS_DEVICE void load_tile(std::uint32_t tile, const GlobalRows<const T>& rows, int first, int live_begin,
                               int live_end) {
   constexpr int kElements = Tile::kElementsPerChunk;
-  constexpr int kRowsPerStep = kThreads / Tile::kChunks;
+  constexpr int kRowsPerStep = kThreads >= Tile::kChunks ? kThreads / Tile::kChunks : 1;
   constexpr bool kRegular = kThreads % Tile::kChunks == 0 && kRows % kRowsPerStep == 0;
   if (kRegular && rows.vectorized && first >= live_begin && first + kRows <= live_end) {
     // The common case: a thread keeps its chunk, and its address advances by a constant.
