@@ -3,7 +3,8 @@
 //   scores: q[s/E][row·E + s%E]; E channels of a key are broadcast to all rows; the E partial sums of a row meet in
 //           log2 E pairwise additions of E keys, which leave S[key][row] contiguous;
 //   values: channels along lanes, the weights S[key][row] broadcast.
-// One row (E = lanes) reads keys as they are stored; more rows read a key block that was converted once for all.
+// Up to four rows read keys as they are stored, a vector of channels along lanes; more rows read a key block that was
+// converted once for all.
 #if defined(ONEPASS_CPU_DECODE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef ONEPASS_CPU_DECODE_INL_H_
 #undef ONEPASS_CPU_DECODE_INL_H_
@@ -124,6 +125,46 @@ HWY_NOINLINE bool score_one_row(const T* const* rows, std::int64_t keys, const f
     for (; d < dim; d += kChunk) add_one_row<T, 1>(rows + key, q, d, ahead, watch, sums);
     add_partials<kLanes, kLanes>(sums);
     hn::Store(sums[0], f, scores + key);
+  }
+  return !watch.found();
+}
+
+// Whether queries lie row by row, q[row][position], and keys are multiplied as they are stored. More rows have too few
+// registers for it.
+template <int kRows>
+inline constexpr bool kRowByRow = kRows == 1 || (kRows <= 4 && kLanes >= 8);
+
+// scores[key][row] for `keys` keys, a multiple of kLanes / kRows. A key's vector serves all rows, a query's all keys at
+// hand: kLanes sums in all. `ahead` fetches as much of what is stored as T meanwhile.
+template <class T, class K, int kRows>
+HWY_NOINLINE bool score_row_by_row(const K* const* rows, std::int64_t keys, const float* HWY_RESTRICT q,
+                                   std::int64_t dim, LineFetcher ahead, float* HWY_RESTRICT scores) {
+  const FloatTag f;
+  constexpr int kKeys = kLanes / kRows, kVectors = Unpack<K>::kVectors;
+  constexpr std::int64_t kChunk = kVectors * kLanes;
+  NanWatch<K> watch;
+  for (std::int64_t key = 0; key < keys; key += kKeys) {
+    Floats sums[kLanes];
+    HWY_UNROLL(16)
+    for (int i = 0; i < kLanes; ++i) sums[i] = hn::Zero(f);
+    for (std::int64_t d = 0; d < dim; d += kChunk) {
+      HWY_UNROLL(8)
+      for (int n = 0; n < kKeys; ++n) {
+        Floats kv[kVectors];
+        Unpack<K>::load(rows[key + n] + d, kv);
+        watch.see(rows[key + n] + d);
+        ahead.keep_pace<kChunk * sizeof(T)>(n);
+        HWY_UNROLL(4)
+        for (int j = 0; j < kVectors; ++j) {
+          HWY_UNROLL(4)
+          for (int r = 0; r < kRows; ++r) {
+            sums[n * kRows + r] = hn::MulAdd(kv[j], hn::Load(f, q + r * dim + d + j * kLanes), sums[n * kRows + r]);
+          }
+        }
+      }
+    }
+    add_partials<kLanes, kLanes>(sums);
+    hn::Store(sums[0], f, scores + key * kRows);
   }
   return !watch.found();
 }

@@ -80,21 +80,19 @@ class DecodeProducts {
         return;
       }
     }
-    if constexpr (kRows == 1 && Unpack<T>::kFast) {
-      if (k_.unpacked() &&
-          score_one_row<T>(block.rows, kDecodeKeys, s_.q, k_.dim, lines_ahead(k_, s_.k_rows, block.at), scores))
+    if constexpr (kRowByRow<kRows> && Unpack<T>::kFast) {
+      if (k_.unpacked() && score_stored(block.rows, kDecodeKeys, k_.dim, lines_ahead(k_, s_.k_rows, block.at), scores))
         return;
     }
     for (std::int64_t first = 0; first < kDecodeKeys; first += kConvertedKeys) {
       convert(k_, problem_.cache.k_scale, block.rows, first, kConvertedKeys, s_.k_converted,
               [&](std::int64_t i) { return block.key_at(i); });
-      if constexpr (kRows == 1) {
+      const LineFetcher ahead = lines_ahead(k_, s_.k_rows, block.at + first);
+      if constexpr (kRowByRow<kRows>) {
         const float* rows[kConvertedKeys];
         for (std::int64_t n = 0; n < kConvertedKeys; ++n) rows[n] = s_.k_converted + n * kConvertedStride;
-        const LineFetcher ahead = lines_ahead(k_, s_.k_rows, block.at + first);
-        score_one_row<float>(rows, kConvertedKeys, s_.q, k_.positions, ahead, scores + first);
+        score_stored(rows, kConvertedKeys, k_.positions, ahead, scores + first * kRows);
       } else {
-        const LineFetcher ahead = lines_ahead(k_, s_.k_rows, block.at + first);
         score_rows<T, kRows>(s_.k_converted, s_.q, k_.positions, ahead, scores + first * kRows);
       }
     }
@@ -142,6 +140,16 @@ class DecodeProducts {
   StoredSide k_, v_;
 
  private:
+  // Scores of keys stored or converted as K.
+  template <class K>
+  bool score_stored(const K* const* rows, std::int64_t keys, std::int64_t dim, LineFetcher ahead, float* scores) const {
+    if constexpr (kRows == 1) {
+      return score_one_row<K>(rows, keys, s_.q, dim, ahead, scores);
+    } else {
+      return score_row_by_row<T, K, kRows>(rows, keys, s_.q, dim, ahead, scores);
+    }
+  }
+
   void load_query(std::int64_t r) {
     const RowSet& rows = tile_.rows();
     const std::int64_t row = tile_.row_of(r);
@@ -165,7 +173,9 @@ class DecodeProducts {
       load_query(r);
       for (std::int64_t p = 0; p < k_.positions; ++p) {
         const std::int64_t d = k_.channel<T>(p);
-        s_.q[p / kPartials * kLanes + r * kPartials + p % kPartials] = d < k_.dim ? s_.staging[d] * factor : 0.0f;
+        const std::int64_t place =
+            kRowByRow<kRows> ? r * k_.positions + p : p / kPartials * kLanes + r * kPartials + p % kPartials;
+        s_.q[place] = d < k_.dim ? s_.staging[d] * factor : 0.0f;
       }
     }
   }

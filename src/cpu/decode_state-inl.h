@@ -72,7 +72,7 @@ struct StoredSide {
 
 // Floats unless said.
 struct DecodeState {
-  float* q;       // [positions of K / E][lane]
+  float* q;       // [row][positions of K], or [positions of K / E][lane] (kRowByRow)
   float* scores;  // [kSpanKeys / E][lane]
   float* out;     // [row][positions of V], not yet divided by the sum
   float* out_before;

@@ -406,7 +406,7 @@ class Consumer {
   Ring<Config::kQuerySlots> queries_;
   Ring<Config::kBlockSlots> blocks_;
   int pending_query_ = -1;
-  int first_;                    // the tile's first block
+  int first_;                    // block that the warpgroup sees
   bool far_ = false;             // the pair in hand
   int tile_slot_ = 0;            // of piecewise attention, whose tiles have two slots of queries
   int clean_begin_, clean_end_;  // keys that all rows of the warp see
