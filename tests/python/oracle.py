@@ -153,6 +153,11 @@ def gradient_addends(q: Tensor, k: Tensor, v: Tensor, options: Options, dout: Te
 # Comparison -------------------------------------------------------------------------------------------------------
 
 
+def assert_lse_close(actual: Tensor, exact: Tensor, what: str) -> None:
+    """Of 16-bit calls: a naive one's LSE is much less accurate than any kernel's, so it is judged against float32."""
+    torch.testing.assert_close(actual, exact.float(), rtol=1e-3, atol=2e-2, msg=lambda m: f"{what}: lse: {m}")
+
+
 def assert_as_good_as_naive(actual: Tensor, exact: Tensor, naive: Tensor, what: str = "", addends: float = 0.0) -> None:
     """NaN and infinities at the same places, and the largest error at most twice that of the naive implementation in
     the same dtype, plus four roundings of the largest value or addend (64 in float64: the naive one is the oracle; an
