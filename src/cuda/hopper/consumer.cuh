@@ -95,25 +95,46 @@ class Consumer {
   template <bool kQuick>
   ONEPASS_DEVICE void attend_to_blocks(const Tile& tile) {
     const Blocks blocks = blocks_of<Config>(plan_, tile, far_);
-    // On the causal diagonal, in windows and tails and between the pairs a warpgroup often sees nothing of the tile's
-    // last or first blocks.
-    const int row = warpgroup_.row(tile.row);
-    const int end = (visible_end(window(), tile, row + 63) + kKeys - 1) / kKeys;
-    const int last = min(end, blocks.end) - 1;
-    first_ = max(visible_begin(window(), tile, row) / kKeys, blocks.begin);
-    if (last < first_ || row >= tile.seqlen_q) {  // nothing to see, or nobody to see it
+    const Blocks seen = seen_blocks(blocks, tile);
+    if (seen.count() <= 0 || warpgroup_.row(tile.row) >= tile.seqlen_q) {  // nothing to see, or nobody to see it
       skip_blocks(2 * blocks.count());
       if constexpr (!Config::kPiecewise) clear_out();
       return;
     }
-    const int above = blocks.end - 1 - last, below = first_ - blocks.begin;
+    const int above = blocks.end - seen.end;
     if (above > 0) skip_blocks(2 * above - 1);
+    first_ = seen.begin;
     set_clean_keys(tile);
-    first_block<kQuick>(last, above > 0);
-    for (int block = last - 1; block >= first_; --block) step<kQuick>(block, block + 1);
+    first_block<kQuick>(seen.end - 1, above > 0);
+    for (int block = seen.end - 2; block >= first_; --block) step<kQuick>(block, block + 1);
+    const int below = blocks_below();
     if (below > 0) skip_blocks(1);
     last_values<kQuick>(first_);
     if (below > 0) skip_blocks(2 * below - 1);
+  }
+
+  // Those of the tile's blocks that the warpgroup sees: on the causal diagonal and in tails often not the last one, in
+  // windows and between the pairs not several at either end. Plain attention looks no further than the last block, and
+  // below only in windows: short tiles feel every instruction before their first product.
+  ONEPASS_DEVICE Blocks seen_blocks(const Blocks& blocks, const Tile& tile) const {
+    const int row = warpgroup_.row(tile.row);
+    const int end = visible_end(window(), tile, row + 63);
+    Blocks seen = blocks;
+    if constexpr (Config::kPiecewise) {
+      seen.end = min((end + kKeys - 1) / kKeys, blocks.end);
+    } else if (blocks.count() > 1 && end <= (blocks.end - 1) * kKeys) {
+      --seen.end;
+    }
+    if (has_below()) {
+      seen.begin = max(visible_begin(window(), tile, row) / kKeys, blocks.begin);
+      if constexpr (!Config::kPiecewise) seen.begin = min(seen.begin, seen.end);
+    }
+    return seen;
+  }
+  ONEPASS_DEVICE bool has_below() const { return Config::kPiecewise || problem_.window_left != kUnbounded; }
+  // Of the tile's blocks, those before the first that the warpgroup sees. Worked out anew: the loop needs the register.
+  ONEPASS_DEVICE int blocks_below() const {
+    return has_below() ? first_ - blocks_of<Config>(plan_, tile(), far_).begin : 0;
   }
 
   // volatile: the compiler would clear O before it knows on which path, and keep the tile's first product waiting.

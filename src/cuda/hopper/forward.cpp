@@ -7,6 +7,7 @@
 #include "core/parallel.h"
 #include "core/piecewise.h"
 #include "core/with_lse.h"
+#include "cuda/graph_launch.h"
 #include "cuda/hopper/kernels.h"
 #include "cuda/hopper/limits.h"
 #include "cuda/hopper/total_attention.h"
@@ -101,16 +102,13 @@ void attend(const Problem& problem, const PiecewiseProblem* piecewise, const Exe
   const bool counts = plan.tiles > grid;
   std::optional<Workspace> workspace;
   if (counts || partial_rows > 0) {
-    constexpr std::int64_t kCounterBytes = 256;  // keeps what follows aligned
     workspace.emplace(context, problem.device,
-                      static_cast<std::size_t>(kCounterBytes + partial_rows * 4 * (problem.head_dim_v + 1)));
-    plan.counter = workspace->as<int>();
-    plan.partial_out = reinterpret_cast<float*>(workspace->as<char>() + kCounterBytes);
+                      static_cast<std::size_t>(kTileCounterBytes + partial_rows * 4 * (problem.head_dim_v + 1)));
+    if (counts) {
+      plan.counter = make_tile_counter(workspace->as<char>(), plan.tiles, problem.operation, context.stream);
+    }
+    plan.partial_out = reinterpret_cast<float*>(workspace->as<char>() + kTileCounterBytes);
     plan.partial_lse = plan.partial_out + partial_rows * problem.head_dim_v;
-  }
-  if (counts) {
-    check(cudaMemsetAsync(plan.counter, 0, sizeof(int), static_cast<cudaStream_t>(context.stream)), problem.operation,
-          "cudaMemsetAsync");
   }
 
   const auto queries = [&](const Operand& q) {
@@ -129,7 +127,8 @@ void attend(const Problem& problem, const PiecewiseProblem* piecewise, const Exe
     maps.k_far = keys(piecewise->far.k, problem.head_dim);
   }
   const LaunchShape shape{.blocks = grid, .threads = kernel.threads, .shared_memory = kernel.shared_memory};
-  launch(problem.operation, kernel.function, shape, problem.device.index, context.stream, maps, problem, plan);
+  launch_dependent(problem.operation, kernel.function, shape, problem.device.index, context.stream, maps, problem,
+                   plan);
   if (plan.splits > 1) merge_splits(problem, plan, context.stream);
 }
 

@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     tma_prefetch(&maps.v);
   }
   __syncthreads();
+  allow_next_grid();
 
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   if (warpgroup == 0) {

@@ -7,6 +7,7 @@
 #include "cuda/common/sequence.cuh"
 #include "cuda/hopper/ptx.cuh"
 #include "cuda/hopper/sequence_cursor.cuh"
+#include "cuda/hopper/tile_numbers.cuh"
 #include "cuda/hopper/total_attention_plan.h"
 
 namespace onepass::cuda::hopper {
@@ -39,30 +40,26 @@ template <class Config>
 class KeyTileStream {
  public:
   ONEPASS_DEVICE KeyTileStream(const Problem& problem, const TotalAttentionPlan& plan)
-      : problem_(problem), plan_(plan), drawn_(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {}
+      : problem_(problem), plan_(plan), numbers_(plan.counter) {}
 
   ONEPASS_DEVICE KeyTile next() {
-    index_ = static_cast<int>(gridDim.x) + __shfl_sync(~0u, drawn_, 0);
+    index_ = numbers_.number();
     KeyTile tile{};
     tile.blocks = -1;
-    if (index_ < plan_.tiles) problem_.ragged() ? decode_ragged(tile) : decode_dense(tile);
-    draw();
+    problem_.ragged() ? decode_ragged(tile) : decode_dense(tile);
+    if (tile.valid()) {
+      numbers_.draw();  // on its way while the tile's blocks are loaded
+    } else {
+      numbers_.end(problem_.ragged() ? cursor_.total() : plan_.tiles);
+    }
     return tile;
   }
 
  private:
-  // Nobody waits for the number here: it is on its way while the tile's blocks are loaded.
-  ONEPASS_DEVICE void draw() {
-    if (plan_.counter == nullptr) {  // every CTA has had its only one
-      drawn_ = plan_.tiles;
-    } else if (threadIdx.x % 32 == 0) {
-      drawn_ = atomicAdd(plan_.counter, 1);
-    }
-  }
-
   ONEPASS_DEVICE static int tiles_of(int seqlen_k) { return (seqlen_k + Config::kKeys - 1) / Config::kKeys; }
 
   ONEPASS_DEVICE void decode_dense(KeyTile& tile) const {
+    if (index_ >= plan_.tiles) return;
     const int heads = static_cast<int>(problem_.num_heads);
     const int plane = place(tile, index_, static_cast<int>(problem_.batch) * heads, static_cast<int>(problem_.seqlen_q),
                             static_cast<int>(problem_.seqlen_k));
@@ -115,7 +112,7 @@ class KeyTileStream {
 
   const Problem& problem_;
   const TotalAttentionPlan& plan_;
-  int drawn_;              // the next tile's number beyond the CTAs' first ones, in lane 0
+  TileNumbers numbers_;
   int index_ = 0;          // of the tile in hand
   SequenceCursor cursor_;  // ragged
 };

@@ -3,12 +3,14 @@
 
 #include <cstdint>
 
+#include "cuda/hopper/tile_counter.h"
+
 namespace onepass::cuda::hopper {
 
 struct Plan {
-  int tiles = 0;           // row tiles × heads × splits; ragged: an upper bound
-  int* counter = nullptr;  // zero at launch; tiles beyond the first of each CTA are drawn from it
-  int splits = 1;          // parts of each row tile's keys, merged by a second kernel
+  int tiles = 0;  // row tiles × heads × splits; ragged: an upper bound
+  TileCounter counter;
+  int splits = 1;  // parts of each row tile's keys, merged by a second kernel
   bool heavy_first = false;
   int cached_keys = 0;  // of heads whose keys and values share the L2
   int wave_keys = 0;    // rows that all SMs work on at once

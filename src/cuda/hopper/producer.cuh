@@ -2,6 +2,7 @@
 // over and loads their queries, one loads their blocks of keys and values. All loads are TMA's.
 #pragma once
 
+#include "cuda/common/grid_order.cuh"
 #include "cuda/hopper/kernels.h"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/scheduler.cuh"
@@ -18,6 +19,7 @@ class Producer {
   // A whole warp. Decoding a tile takes as long as working through a short one.
   ONEPASS_DEVICE void draw_tiles() const {
     TileStream<Config> stream(problem_, plan_);
+    wait_for_previous_grid();
     for (std::uint32_t phase = 1;; phase ^= 1) {
       barrier_wait(shared_.next_empty(), phase);
       const bool found = stream.next(shared_.next_tile());

@@ -9,6 +9,7 @@
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/plan.h"
 #include "cuda/hopper/sequence_cursor.cuh"
+#include "cuda/hopper/tile_numbers.cuh"
 
 namespace onepass::cuda::hopper {
 
@@ -99,29 +100,28 @@ inline constexpr int kSectionHeads = 8;
 template <class Config>
 class TileStream {
  public:
-  ONEPASS_DEVICE TileStream(const Problem& problem, const Plan& plan) : problem_(problem), plan_(plan) {}
+  ONEPASS_DEVICE TileStream(const Problem& problem, const Plan& plan)
+      : problem_(problem), plan_(plan), numbers_(plan.counter) {}
 
   // Writes the next tile to shared memory; false when none is left.
   ONEPASS_DEVICE bool next(std::uint32_t address) {
-    index_ = draw();
-    const bool found = index_ < plan_.tiles && (problem_.ragged() ? decode_ragged(address) : decode_dense(address));
-    if (!found && is_first_lane()) store_place(address, {.split = -1});
+    if (index_ >= 0) numbers_.draw();
+    index_ = numbers_.number();
+    const bool found = problem_.ragged() ? decode_ragged(address) : decode_dense(address);
+    if (!found) {
+      if (is_first_lane()) store_place(address, {.split = -1});
+      numbers_.end(problem_.ragged() ? cursor_.total() : plan_.tiles);
+    }
     return found;
   }
 
  private:
   ONEPASS_DEVICE static bool is_first_lane() { return threadIdx.x % 32 == 0; }
 
-  ONEPASS_DEVICE int draw() const {
-    if (index_ < 0) return static_cast<int>(blockIdx.x);
-    if (plan_.tiles <= gridDim.x) return plan_.tiles;  // every CTA has had its only one
-    const int number = is_first_lane() ? atomicAdd(plan_.counter, 1) : 0;
-    return static_cast<int>(gridDim.x) + __shfl_sync(~0u, number, 0);
-  }
-
   ONEPASS_DEVICE static int row_tiles_of(int seqlen_q) { return (seqlen_q + Config::kRows - 1) / Config::kRows; }
 
   ONEPASS_DEVICE bool decode_dense(std::uint32_t address) const {
+    if (index_ >= plan_.tiles) return false;
     const int heads = static_cast<int>(problem_.num_heads);
     Tile tile;
     const int plane = place(tile, index_, row_tiles_of(static_cast<int>(problem_.seqlen_q)),
@@ -194,6 +194,7 @@ class TileStream {
 
   const Problem& problem_;
   const Plan& plan_;
+  TileNumbers numbers_;
   int index_ = -1;         // of the tile in hand
   SequenceCursor cursor_;  // ragged
 };

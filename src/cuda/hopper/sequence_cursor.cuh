@@ -34,6 +34,8 @@ class SequenceCursor {
     }
     return false;
   }
+  // Tiles of all sequences, once there was no such tile.
+  ONEPASS_DEVICE int total() const { return before_; }
 
  private:
   int sequence_ = 0, before_ = 0;  // the first of the 32 sequences in view, and the tiles before it

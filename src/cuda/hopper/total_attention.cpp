@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "cuda/graph_launch.h"
 #include "cuda/hopper/limits.h"
 #include "cuda/portable/ragged.h"
 
@@ -40,7 +41,7 @@ ColumnSums::ColumnSums(const Problem& problem, const ExecutionContext& context)
     throw Error(ErrorCode::kUnsupported,
                 std::string(problem.operation) + ": grid: got " + std::to_string(tiles_) + " tiles; need below 2^31");
   }
-  if (tiles_ > blocks_) counter_.emplace(context, problem.device, sizeof(int));
+  if (tiles_ > blocks_) counter_.emplace(context, problem.device, kTileCounterBytes);
 }
 
 void ColumnSums::run(bool add) const {
@@ -49,16 +50,13 @@ void ColumnSums::run(bool add) const {
   plan.heavy_first = problem_.window_right != kUnbounded;
   plan.section_queries = static_cast<int>(kSectionBytes / (2 * problem_.head_dim));
   plan.add = add;
-  if (counter_) {
-    plan.counter = counter_->as<int>();
-    check(cudaMemsetAsync(plan.counter, 0, sizeof(int), static_cast<cudaStream_t>(context_.stream)), problem_.operation,
-          "cudaMemsetAsync");
-  }
+  if (counter_) plan.counter = make_tile_counter(counter_->as<char>(), tiles_, problem_.operation, context_.stream);
   if (problem_.ragged() && !add) clear_unowned_total_attention(problem_, context_);
-  launch(problem_.operation, kernel_.function,
-         {.blocks = blocks_, .threads = kernel_.threads, .shared_memory = kernel_.shared_memory}, problem_.device.index,
-         context_.stream, tensor_map(problem_, problem_.q, query_shape(problem_, problem_.head_dim), kernel_.queries),
-         tensor_map(problem_, problem_.k, key_shape(problem_, problem_.head_dim), kernel_.keys), problem_, plan);
+  const LaunchShape shape{.blocks = blocks_, .threads = kernel_.threads, .shared_memory = kernel_.shared_memory};
+  launch_dependent(problem_.operation, kernel_.function, shape, problem_.device.index, context_.stream,
+                   tensor_map(problem_, problem_.q, query_shape(problem_, problem_.head_dim), kernel_.queries),
+                   tensor_map(problem_, problem_.k, key_shape(problem_, problem_.head_dim), kernel_.keys), problem_,
+                   plan);
 }
 
 Unsupported supports_total_attention(const Problem& p) { return rejects_queries_and_keys(p); }

@@ -2,6 +2,7 @@
 // blocks of queries full through TMA. Beside each block of queries it leaves their negated LSEs.
 #pragma once
 
+#include "cuda/common/grid_order.cuh"
 #include "cuda/hopper/key_tiles.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/total_attention_config.cuh"
@@ -29,6 +30,7 @@ class TotalAttentionProducer {
         tiles_(problem, plan) {}
 
   ONEPASS_DEVICE void run() {
+    wait_for_previous_grid();
     for (;;) {
       const KeyTile tile = tiles_.next();
       hand_over(tile);

@@ -4,10 +4,10 @@
 
 #include "core/float8.h"
 #include "cuda/common/scalar.cuh"
+#include "cuda/graph_launch.h"
 #include "cuda/portable/cached_sequence.cuh"
 #include "cuda/portable/choose.h"
 #include "cuda/portable/decode_ptx.cuh"
-#include "cuda/portable/graph_launch.h"
 #include "cuda/portable/operations.h"
 
 namespace onepass::cuda {

@@ -5,10 +5,10 @@
 #include <random>
 
 #include "core/parallel.h"
+#include "cuda/graph_launch.h"
 #include "cuda/portable/cached_tile.h"
 #include "cuda/portable/choose.h"
 #include "cuda/portable/decode.h"
-#include "cuda/portable/graph_launch.h"
 #include "cuda/portable/operations.h"
 #include "cuda/portable/ragged.h"
 

@@ -1,21 +1,10 @@
-// cuda/portable/decode_ptx.cuh: loads, byte conversions and grid dependencies of the cache kernels.
+// cuda/portable/decode_ptx.cuh: loads and byte conversions of the cache kernels.
 #pragma once
 
+#include "cuda/common/grid_order.cuh"
 #include "cuda/portable/ptx.cuh"
 
 namespace onepass::cuda {
-
-// A grid may be launched while the one before it still runs (sm_90): nothing of that one may be read before this.
-ONEPASS_DEVICE void wait_for_previous_grid() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-ONEPASS_DEVICE void allow_next_grid() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // Brings a line of 128 bytes into the second-level cache, where later writes to it are seen: a hint at any time.
 ONEPASS_DEVICE void prefetch_line(const void* source) { asm volatile("prefetch.global.L2 [%0];" ::"l"(source)); }

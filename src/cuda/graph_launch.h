@@ -1,4 +1,4 @@
-// cuda/portable/graph_launch.h: launches of small kernels that follow one another.
+// cuda/graph_launch.h: launches of small kernels that follow one another.
 #pragma once
 
 #include "cuda/device.h"
