@@ -21,6 +21,8 @@ def draw(generator: random.Random) -> tuple[tuple[Tensor, Tensor, Tensor], oracl
     seqlen_q, seqlen_k = (generator.choice([1, 64, 128, generator.randint(1, 700)]) for _ in range(2))
     if generator.random() < 0.4:
         seqlen_k = seqlen_q
+    if generator.random() < 0.3:  # more tiles than multiprocessors, which other kernels may take
+        batch, seqlen_q, seqlen_k = -(-400 // num_heads), -(-seqlen_q // 4), -(-seqlen_k // 4)
     head_dim = generator.choice([64, 128, 256, 8 * generator.randint(1, 32)])
     head_dim_v = generator.choice([head_dim, head_dim, 8 * generator.randint(1, 32)])
     seed = torch.Generator("cuda").manual_seed(generator.randrange(1 << 30))
@@ -68,10 +70,11 @@ def test_random_shapes(seed: int) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("jump", [5.0, 12.0, 40.0, 150.0, 3e3])
-def test_scores_that_jump(dtype: torch.dtype, head_dim: int, jump: float) -> None:
+@pytest.mark.parametrize("batch", [1, 40])
+def test_scores_that_jump(dtype: torch.dtype, head_dim: int, jump: float, batch: int) -> None:
     torch.manual_seed(1)
-    q = torch.randn(1, 4, 300, head_dim, device="cuda")
-    k, v = (torch.randn(1, 4, 900, head_dim, device="cuda").to(dtype) for _ in range(2))
+    q = torch.randn(batch, 4, 300, head_dim, device="cuda")
+    k, v = (torch.randn(batch, 4, 900, head_dim, device="cuda").to(dtype) for _ in range(2))
     q[..., 0] = head_dim**0.5
     k[:, :2, 37, 0] = jump
     k[:, 2:, 500:, 0] = -jump
@@ -98,9 +101,10 @@ def test_a_hundred_runs_have_the_same_bits(dtype: torch.dtype, head_dim: int, ca
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_values_reach_only_the_rows_that_see_them(dtype: torch.dtype, head_dim: int, poison: float) -> None:
+@pytest.mark.parametrize("batch", [1, 20])
+def test_values_reach_only_the_rows_that_see_them(dtype: torch.dtype, head_dim: int, poison: float, batch: int) -> None:
     torch.manual_seed(3)
-    q, k, v = (torch.randn(1, 8, 1000, head_dim, device="cuda").to(dtype) for _ in range(3))
+    q, k, v = (torch.randn(batch, 8, 1000, head_dim, device="cuda").to(dtype) for _ in range(3))
     want = onepass.attention(q, k, v, causal=True)
     v[:, 2:, 600, 3] = poison
     got = onepass.attention(q, k, v, causal=True)
