@@ -1,7 +1,8 @@
 // cuda/hopper/merge_splits.cu: combines the partial results of split keys and the sink.
 // lse = log(Σ e^lseₛ + e^sink), out = Σ e^(lseₛ − lse)·outₛ.
+#include "cuda/common/grid_order.cuh"
 #include "cuda/common/sequence.cuh"
-#include "cuda/device.h"
+#include "cuda/graph_launch.h"
 #include "cuda/hopper/kernels.h"
 
 namespace onepass::cuda::hopper {
@@ -12,6 +13,7 @@ constexpr int kRowsPerBlock = 4;  // one warp a row
 template <class T>
 __global__ void merge_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Plan plan,
                              std::int64_t rows) {
+  wait_for_previous_grid();
   const std::int64_t row = std::int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / 32;  // (batch, head, query)
   if (row >= rows) return;
   const int lane = threadIdx.x % 32;
@@ -57,8 +59,9 @@ __global__ void merge_kernel(const __grid_constant__ Problem problem, const __gr
 void merge_splits(const Problem& problem, const Plan& plan, void* stream) {
   const std::int64_t rows = problem.num_heads * (problem.ragged() ? problem.total_q : problem.batch * problem.seqlen_q);
   const LaunchShape shape{.blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock, .threads = 32 * kRowsPerBlock};
-  launch(problem.operation, problem.dtype == DType::kFloat16 ? merge_kernel<__half> : merge_kernel<__nv_bfloat16>,
-         shape, problem.device.index, stream, problem, plan, rows);
+  launch_dependent(problem.operation,
+                   problem.dtype == DType::kFloat16 ? merge_kernel<__half> : merge_kernel<__nv_bfloat16>, shape,
+                   problem.device.index, stream, problem, plan, rows);
 }
 
 }  // namespace onepass::cuda::hopper
