@@ -248,14 +248,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       if (next_batch) sequence = cached_sequence<Config::kPlain>(a, batch);
       if (left > 0) load_query_fragments<Config>(query_fragments, a, batch, head);
     }
+    auto* const states = reinterpret_cast<PartialState*>(shared + Config::kStateOffset);
+    auto* const out = reinterpret_cast<float*>(shared + Config::kOutputOffset);
     if (alone) {
       __syncwarp();
       share_state(state, 0, rows, shared);
       __syncwarp();
-      finish_rows<Config, 1>(
-          a, query_start, finished_batch, finished_head, 0, rows, parts, 0,
-          reinterpret_cast<const PartialState*>(shared + Config::kStateOffset) + 8 * warp,
-          reinterpret_cast<const float*>(shared + Config::kOutputOffset) + warp * 8 * Config::kOutputPitch);
+      finish_rows<Config, 1>(a, query_start, finished_batch, finished_head, 0, rows, parts, 0, states + 8 * warp,
+                             out + warp * 8 * Config::kOutputPitch);
       if (left > 0) continue;
       return;
     }
@@ -266,12 +266,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       share_state(state, n, rows, shared);
       __syncthreads();
       finish_rows<Config>(a, query_start, finished_batch, finished_head, 8 * n, rows, parts, left % Config::kWarps,
-                          reinterpret_cast<const PartialState*>(shared + Config::kStateOffset),
-                          reinterpret_cast<const float*>(shared + Config::kOutputOffset));
+                          states, out);
     }
     if constexpr (N > 1) {
       if (parts.count > 1) {
-        merge_rows<Config>(a, query_start, finished_batch, finished_head, rows, parts, left % Config::kWarps);
+        merge_rows<Config>(a, query_start, finished_batch, finished_head, rows, parts, left % Config::kWarps, states,
+                           out);
       }
     }
     if (left > 0) {

@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int c = 0; c < kPerLane; ++c) outputs[r * Config::kOutputPitch + lane + 32 * c] = out[r][c];
   __syncthreads();
   finish_rows<Config>(a, sequence.query_start, batch, head, first_row, first_row + rows, fixed_parts(a, parts), 0,
-                      reinterpret_cast<const PartialState*>(shared + Config::kStateOffset),
-                      reinterpret_cast<const float*>(shared + Config::kOutputOffset));
+                      reinterpret_cast<PartialState*>(shared + Config::kStateOffset),
+                      reinterpret_cast<float*>(shared + Config::kOutputOffset));
 }
 
 template <DType kStorage>
