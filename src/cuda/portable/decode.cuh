@@ -81,6 +81,14 @@ ONEPASS_DEVICE void scale_weights(float (&s)[Config::kTokenTiles][Config::kColum
     }
 }
 
+// Tells the compiler, which would keep registers for it, that nobody needs what x holds.
+template <class X>
+ONEPASS_DEVICE void forget(X& x) {
+  auto* const words = reinterpret_cast<std::uint32_t*>(&x);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(X) / 4); ++i) asm volatile("" : "=r"(words[i]));
+}
+
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
@@ -96,12 +104,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   Share share;
   Reader reader;
   UnitOf<Config> next;
+  uint4 keys[Config::kTokens / 8][Config::kKeyPieces], values[M][4][Config::kValuePieces];
+  uint2 query_fragments[Config::kQueriesInRegisters ? Config::kHeadDim / 16 : 1] = {};
+  int batch, head;
   allow_next_grid();
-  // Plain calls come here twice: before the grid ahead is done, for a guess at what they will need.
+  // Plain calls guess what they will need before the grid ahead is done. Then keys of the same share are asked for at
+  // once, lengths behind them, and the share is kept where every lane finds the length that it was worked out of.
+  enum { kGuess, kCheck, kKnown };
 #pragma unroll 1
-  for (bool guess = Config::kPlain;; guess = false) {
-    if (!guess) wait_for_previous_grid();
-    share = fixed ? fixed_share<Config>(a) : equal_share<Config>(a);
+  for (int pass = Config::kPlain ? kGuess : kKnown;; ++pass) {
+    if (pass != kGuess) wait_for_previous_grid();
+    if (pass != kCheck) share = fixed ? fixed_share<Config>(a) : equal_share<Config>(a);
+    const bool guess = pass == kGuess;
+    if (guess && (share.left == 0 || share.alone || a.batch > 32)) pass = kCheck;  // nothing to keep
     if (share.left == 0) {
       if (guess) continue;
       return;
@@ -117,30 +132,42 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       pass_pairs<Config>(reader, reading, a, warp);
     }
     find_unit<Config>(next, a, reader, *reading);
-    if (!guess) break;
     if constexpr (Config::kPlain) {
-      prefetch_unit<Config>(next, a);
-      prefetch_second<Config>(next, a, reader, *reading, share.alone);
-      __syncwarp();
+      if (guess) {
+        prefetch_unit<Config>(next, a);
+        prefetch_second<Config>(next, a, reader, *reading, share.alone);
+        __syncwarp();
+        continue;
+      }
     }
+    forget(keys), forget(values);  // of a guess that was wrong
+    request_keys<Config>(keys, a, next, 0);
+    request_values<Config>(values, a, next, 0);
+    if constexpr (Config::kPlain) {
+      if (pass == kKnown) prefetch_second<Config>(next, a, reader, *reading, share.alone);
+    }
+    batch = share.batch, head = share.head;
+    if (Config::kAlone && share.alone) {
+      if (reader.left <= 0) return;
+      batch = reading->batch, head = reading->head;
+    }
+    if constexpr (Config::kDirectQueries) load_query_fragments<Config>(query_fragments, a, batch, head);
+    if (pass == kKnown) break;
+    const DeviceSequence found = cached_sequence<Config::kPlain>(a, min(lane, a.batch - 1));
+    const bool same = found.seqlen_k == share.of_lane.seqlen_k && found.key_begin == share.of_lane.key_begin;
+    if (__all_sync(~0u, same)) break;
+    __syncwarp();
   }
-  uint4 keys[Config::kTokens / 8][Config::kKeyPieces], values[M][4][Config::kValuePieces];
-  request_keys<Config>(keys, a, next, 0);
-  request_values<Config>(values, a, next, 0);
-  if constexpr (Config::kPlain) prefetch_second<Config>(next, a, reader, *reading, share.alone);
 
-  int batch = share.batch, head = share.head, first_unit = share.unit, left = share.left;
+  int first_unit = share.unit, left = share.left;
   int turn = warp;  // of the warp's next unit among those of the share from the pair's first on
   const bool alone = Config::kAlone && share.alone;
   if (alone) {
-    if (reader.left <= 0) return;
-    batch = reading->batch, head = reading->head, first_unit = reading->units.count - reader.in_pair;
+    first_unit = reading->units.count - reader.in_pair;
     left = reader.left, turn = 0;
     share.sequence = cached_sequence<Config::kPlain>(a, batch);
   }
   DeviceSequence sequence = Config::kDirectQueries ? share.sequence : cached_sequence<Config::kPlain>(a, batch);
-  uint2 query_fragments[Config::kQueriesInRegisters ? Config::kHeadDim / 16 : 1] = {};
-  if constexpr (Config::kDirectQueries) load_query_fragments<Config>(query_fragments, a, batch, head);
 #pragma unroll 1
   for (;;) {
     const PairUnits pair = units_of<Config>(a, sequence);
