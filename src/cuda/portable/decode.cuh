@@ -275,31 +275,39 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       if (next_batch) sequence = cached_sequence<Config::kPlain>(a, batch);
       if (left > 0) load_query_fragments<Config>(query_fragments, a, batch, head);
     }
-    auto* const states = reinterpret_cast<PartialState*>(shared + Config::kStateOffset);
-    auto* const out = reinterpret_cast<float*>(shared + Config::kOutputOffset);
+    // One warp a row, the first of them another one for every pair: others go on at once.
+    const WarpRows own =
+        alone ? WarpRows{0, 1} : WarpRows{(warp + Config::kWarps - left % Config::kWarps) % Config::kWarps, 8};
+    std::uint64_t found = 0;
+    const auto look_at_counter = [&] {  // what it says is there when the part is
+      if (parts.count > 1 && own.first < min(rows, 8)) found = load_counter(arrivals_of<Config>(a, parts, own.first));
+    };
+    auto* const states = reinterpret_cast<PartialState*>(shared + Config::kStateOffset) + (alone ? 8 * warp : 0);
+    auto* const out =
+        reinterpret_cast<float*>(shared + Config::kOutputOffset) + (alone ? 8 * warp : 0) * Config::kOutputPitch;
     if (alone) {
       __syncwarp();
       share_state(state, 0, rows, shared);
       __syncwarp();
-      finish_rows<Config, 1>(a, query_start, finished_batch, finished_head, 0, rows, parts, 0, states + 8 * warp,
-                             out + warp * 8 * Config::kOutputPitch);
-      if (left > 0) continue;
-      return;
-    }
+      look_at_counter();
+      finish_rows<Config, 1>(a, query_start, finished_batch, finished_head, 0, rows, parts, own, states, out);
+    } else {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      if (n > 0 && n >= tiles) break;
-      __syncthreads();  // rows that were shared before are finished
-      share_state(state, n, rows, shared);
-      __syncthreads();
-      finish_rows<Config>(a, query_start, finished_batch, finished_head, 8 * n, rows, parts, left % Config::kWarps,
-                          states, out);
-    }
-    if constexpr (N > 1) {
-      if (parts.count > 1) {
-        merge_rows<Config>(a, query_start, finished_batch, finished_head, rows, parts, left % Config::kWarps, states,
-                           out);
+      for (int n = 0; n < N; ++n) {
+        if (n > 0 && n >= tiles) break;
+        __syncthreads();  // rows that were shared before are finished
+        share_state(state, n, rows, shared);
+        __syncthreads();
+        if (n + 1 >= tiles) look_at_counter();
+        finish_rows<Config>(a, query_start, finished_batch, finished_head, 8 * n, rows, parts, own, states, out);
       }
+    }
+    if (parts.count > 1) {
+      // Parts come to where the warp's rows were, and, of few rows, to the others, which nobody has.
+      const int step = alone ? 1 : rows <= 4 ? 4 : 8;
+      merge_rows<Config>(
+          a, query_start, finished_batch, finished_head, 0, rows, parts, own, found,
+          {states + own.first, out + own.first * Config::kOutputPitch, step, alone ? 8 : Config::kWarps * 8 / step});
     }
     if (left > 0) {
       if (!Config::kDirectQueries && next_batch) sequence = cached_sequence<Config::kPlain>(a, batch);

@@ -44,7 +44,7 @@ ONEPASS_DEVICE float* partial_row(const DecodeArguments& a, int slot, int row) {
   return a.partials + (std::int64_t{slot} * Config::kRows + row) * Config::kHeadDim;
 }
 
-// Whether the part that the calling warp has just written is the row's last. `found`: the counter, as it was loaded
+// Whether the part that the calling warp has just written is its rows' last. `found`: the counter, as it was loaded
 // before. Memory holds this ticket by chance once in 2^48 times.
 ONEPASS_DEVICE bool arrives_last(std::uint64_t* counter, std::uint64_t found, std::uint64_t ticket, int parts) {
   std::uint64_t before = 0;
@@ -98,37 +98,47 @@ ONEPASS_DEVICE void add_states(PartialState& merged, float4 (&x)[kRowChunks<Conf
   }
 }
 
-// The warp's row of `merged` and `x` becomes the merge of all its parts. They come by way of shared memory, where as
-// many are on their way as there are places, whatever registers hold.
+// Asks for as many parts of a row as there are places, from part `first` on. By way of shared memory many are on their
+// way, whatever registers hold.
+template <class Config>
+ONEPASS_DEVICE void request_parts(const DecodeArguments& a, const Parts& parts, int first, int row,
+                                  const SharedStates& places) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();  // states that were there are read
+#pragma unroll 1
+  for (int i = lane; i < places.count; i += 32) {
+    cp_async_16(shared_address(places.states + places.step * i), partial_state<Config>(a, parts.slot(first + i), row),
+                true);
+  }
+#pragma unroll 4
+  for (int i = 0; i < places.count; ++i) {
+    const float* const source = partial_row<Config>(a, parts.slot(first + i), row);
+    float* const place = places.out + places.step * i * Config::kOutputPitch;
+#pragma unroll
+    for (int c = 0; c < kRowChunks<Config>; ++c) {
+      const int d = 4 * lane + 128 * c;
+      if (d < Config::kHeadDim) cp_async_16(shared_address(place + d), source + d, true);
+    }
+  }
+  cp_async_commit();
+}
+
+// The warp's row of `merged` and `x` becomes the merge of all its parts, the first of which have been asked for.
 template <class Config>
 ONEPASS_DEVICE void merge_parts(PartialState& merged, float4 (&x)[kRowChunks<Config>], const DecodeArguments& a,
                                 const Parts& parts, int row, SharedStates places) {
-  const int lane = threadIdx.x % 32, most = places.count;
   merged = {-kInfinity, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int c = 0; c < kRowChunks<Config>; ++c) x[c] = {};
 #pragma unroll 1
-  for (int first = 0; first < parts.count; first += most) {
-    places.count = min(parts.count - first, most);
-    __syncwarp();  // states that were there are read
-    for (int i = lane; i < places.count; i += 32) {
-      cp_async_16(shared_address(places.states + places.step * i), partial_state<Config>(a, parts.slot(first + i), row),
-                  true);
-    }
-#pragma unroll 4
-    for (int i = 0; i < places.count; ++i) {
-      const float* const source = partial_row<Config>(a, parts.slot(first + i), row);
-      float* const place = places.out + places.step * i * Config::kOutputPitch;
-#pragma unroll
-      for (int c = 0; c < kRowChunks<Config>; ++c) {
-        const int d = 4 * lane + 128 * c;
-        if (d < Config::kHeadDim) cp_async_16(shared_address(place + d), source + d, true);
-      }
-    }
-    cp_async_commit();
+  for (int first = 0;;) {
     cp_async_wait<0>();
     __syncwarp();
     add_states<Config>(merged, x, places);
+    first += places.count;
+    if (first >= parts.count) return;
+    places.count = min(parts.count - first, places.count);
+    request_parts<Config>(a, parts, first, row, places);
   }
 }
 
