@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 
   static_assert(sizeof(ReaderPair) <= 32);
   auto* const reading = reinterpret_cast<ReaderPair*>(shared + Config::kReaderOffset) + warp;
-  const auto* const terms = reinterpret_cast<const RowTerms*>(shared + Config::kTermsOffset);
+  auto* const terms = reinterpret_cast<RowTerms*>(shared + Config::kTermsOffset);
   const bool fixed = !Config::kPlain && a.parts > 0;
   Share share;
   Reader reader;
@@ -168,6 +168,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     share.sequence = cached_sequence<Config::kPlain>(a, batch);
   }
   DeviceSequence sequence = Config::kDirectQueries ? share.sequence : cached_sequence<Config::kPlain>(a, batch);
+  if constexpr (Config::kCopiedQueries) request_queries<Config>(a, batch, head, shared);
 #pragma unroll 1
   for (;;) {
     const PairUnits pair = units_of<Config>(a, sequence);
@@ -178,7 +179,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     const int rows = sequence.seqlen_q * a.group_size, here = min(pair.count - first_unit, left);
     const int tiles = (rows + 7) / 8;
     float factor[2] = {a.softmax_scale * kLog2e, a.softmax_scale * kLog2e};
-    if constexpr (!Config::kDirectQueries) {
+    if constexpr (Config::kCopiedQueries) {  // asked for when no warp needed those of the last pair any more
+      if (const int r = threadIdx.x; r < Config::kRows) {
+        terms[r] = r < rows ? row_terms(a, sequence, batch, place_of(a, head, r), a.softmax_scale) : RowTerms{};
+      }
+      cp_async_wait<0>();
+      __syncthreads();
+      if constexpr (N == 1) factor[0] = terms[2 * t].factor, factor[1] = terms[2 * t + 1].factor;
+    } else if constexpr (!Config::kDirectQueries) {
       __syncthreads();  // the last pair's rows are finished
       prepare_rows<Config>(a, sequence, batch, head, rows, shared);
       __syncthreads();
@@ -296,6 +304,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       for (int n = 0; n < N; ++n) {
         if (n > 0 && n >= tiles) break;
         __syncthreads();  // rows that were shared before are finished
+        if (Config::kCopiedQueries && n == 0 && left > 0) request_queries<Config>(a, batch, head, shared);
         share_state(state, n, rows, shared);
         __syncthreads();
         if (n + 1 >= tiles) look_at_counter();

@@ -36,9 +36,10 @@ struct DecodeConfig {
   static constexpr int kOutputTiles = kHeadDim / 16;  // [slice][piece][pair of channels]
   static constexpr bool kQueriesInRegisters = kPlain && kColumnTiles == 1 && kHeadDim <= 128;
   static constexpr bool kProductSums = !kBytes;  // see ForwardConfig; 8-bit weights carry the values' scales
-  static constexpr bool kDirectQueries = kPlain && !kBytes && kQueriesInRegisters;  // not by way of shared memory
-  static constexpr bool kAlone = kDirectQueries;                                    // warps may have pairs of their own
-  static constexpr int kLongestAlone = 16;                                          // units of such a pair
+  static constexpr bool kDirectQueries = kPlain && !kBytes && kQueriesInRegisters;   // not by way of shared memory
+  static constexpr bool kCopiedQueries = kPlain && !kBytes && !kQueriesInRegisters;  // as they are
+  static constexpr bool kAlone = kDirectQueries;  // warps may have pairs of their own
+  static constexpr int kLongestAlone = 16;        // units of such a pair
   // With many columns the registers of keys are needed until the weights are packed.
   static constexpr bool kKeysEarly = kColumnTiles == 1;
 
