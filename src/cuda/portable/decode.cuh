@@ -32,7 +32,7 @@ ONEPASS_DEVICE void finish_logits(float (&s)[Config::kTokenTiles][Config::kColum
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float of_row = N == 1 || Config::kDirectQueries ? factor[e] : terms[8 * n + 2 * t + e].factor;
+          const float of_row = N == 1 || Config::kCopiedQueries ? factor[e] : terms[8 * n + 2 * t + e].factor;
           s[m][n][2 * half + e] *= of_row * key_scale;
         }
     }
@@ -185,7 +185,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       }
       cp_async_wait<0>();
       __syncthreads();
-      if constexpr (N == 1) factor[0] = terms[2 * t].factor, factor[1] = terms[2 * t + 1].factor;
     } else if constexpr (!Config::kDirectQueries) {
       __syncthreads();  // the last pair's rows are finished
       prepare_rows<Config>(a, sequence, batch, head, rows, shared);

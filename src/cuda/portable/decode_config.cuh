@@ -47,6 +47,9 @@ struct DecodeConfig {
   static constexpr int kWarps = kPlain && kColumnTiles * kHeadDim <= 128 ? 12 : 8;
   static constexpr int kBlocks = 1;
   static constexpr int kThreads = 32 * kWarps;
+  // Tiles that always have rows, as plain calls of fewer rows have kernels of fewer tiles: their loads of queries do
+  // not wait behind branches. Three of four, or two of head_dim 256, spill.
+  static constexpr int kLeastTiles = kPlain && kColumnTiles > 1 && kHeadDim <= 128 ? 2 : 1;
   static constexpr int kRows = 8 * kColumnTiles;
   static constexpr int kQueryPitch = kHeadDim * 2 + (kBytes ? 16 : 64);  // bytes: eight rows hit different banks
   static constexpr int kOutputPitch = kHeadDim + 4;                      // floats
