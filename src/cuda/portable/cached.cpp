@@ -42,7 +42,8 @@ bool is_plain(const CachedProblem& problem, std::int64_t kernel_head_dim) {
   const Problem& p = problem.attention;
   const KVStorage& cache = problem.cache;
   const NewTokens& pending = problem.pending;
-  return p.head_dim == kernel_head_dim && p.head_dim_v == kernel_head_dim && p.cu_seqlens_q == nullptr &&
+  const bool same_type = p.dtype == cache.dtype || size_of(cache.dtype) == 1;  // queries are loaded as they are
+  return same_type && p.head_dim == kernel_head_dim && p.head_dim_v == kernel_head_dim && p.cu_seqlens_q == nullptr &&
          p.alibi_slopes == nullptr && p.softcap == 0 && !problem.rotary && pending.each == 0 &&
          pending.counts == nullptr && pending.cu_seqlens == nullptr && problem.num_splits == 0 &&
          has_near_tokens(cache.k) && has_near_tokens(cache.v) && has_vectorized_output(p) &&

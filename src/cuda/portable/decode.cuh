@@ -32,7 +32,7 @@ ONEPASS_DEVICE void finish_logits(float (&s)[Config::kTokenTiles][Config::kColum
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float of_row = N == 1 || Config::kDirectQueries ? factor[e] : terms[8 * n + 2 * t + e].factor;
+          const float of_row = N == 1 || Config::kCopiedQueries ? factor[e] : terms[8 * n + 2 * t + e].factor;
           s[m][n][2 * half + e] *= of_row * key_scale;
         }
     }
@@ -81,6 +81,14 @@ ONEPASS_DEVICE void scale_weights(float (&s)[Config::kTokenTiles][Config::kColum
     }
 }
 
+// Tells the compiler, which would keep registers for it, that nobody needs what x holds.
+template <class X>
+ONEPASS_DEVICE void forget(X& x) {
+  auto* const words = reinterpret_cast<std::uint32_t*>(&x);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(X) / 4); ++i) asm volatile("" : "=r"(words[i]));
+}
+
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
@@ -91,17 +99,24 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 
   static_assert(sizeof(ReaderPair) <= 32);
   auto* const reading = reinterpret_cast<ReaderPair*>(shared + Config::kReaderOffset) + warp;
-  const auto* const terms = reinterpret_cast<const RowTerms*>(shared + Config::kTermsOffset);
+  auto* const terms = reinterpret_cast<RowTerms*>(shared + Config::kTermsOffset);
   const bool fixed = !Config::kPlain && a.parts > 0;
   Share share;
   Reader reader;
   UnitOf<Config> next;
+  uint4 keys[Config::kTokens / 8][Config::kKeyPieces], values[M][4][Config::kValuePieces];
+  uint2 query_fragments[Config::kQueriesInRegisters ? Config::kHeadDim / 16 : 1] = {};
+  int batch, head;
   allow_next_grid();
-  // Plain calls come here twice: before the grid ahead is done, for a guess at what they will need.
+  // Plain calls guess what they will need before the grid ahead is done. Then keys of the same share are asked for at
+  // once, lengths behind them, and the share is kept where every lane finds the length that it was worked out of.
+  enum { kGuess, kCheck, kKnown };
 #pragma unroll 1
-  for (bool guess = Config::kPlain;; guess = false) {
-    if (!guess) wait_for_previous_grid();
-    share = fixed ? fixed_share<Config>(a) : equal_share<Config>(a);
+  for (int pass = Config::kPlain ? kGuess : kKnown;; ++pass) {
+    if (pass != kGuess) wait_for_previous_grid();
+    if (pass != kCheck) share = fixed ? fixed_share<Config>(a) : equal_share<Config>(a);
+    const bool guess = pass == kGuess;
+    if (guess && (share.left == 0 || share.alone || a.batch > 32)) pass = kCheck;  // nothing to keep
     if (share.left == 0) {
       if (guess) continue;
       return;
@@ -117,30 +132,43 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       pass_pairs<Config>(reader, reading, a, warp);
     }
     find_unit<Config>(next, a, reader, *reading);
-    if (!guess) break;
     if constexpr (Config::kPlain) {
-      prefetch_unit<Config>(next, a);
-      prefetch_second<Config>(next, a, reader, *reading, share.alone);
-      __syncwarp();
+      if (guess) {
+        prefetch_unit<Config>(next, a);
+        prefetch_second<Config>(next, a, reader, *reading, share.alone);
+        __syncwarp();
+        continue;
+      }
     }
+    forget(keys), forget(values);  // of a guess that was wrong
+    request_keys<Config>(keys, a, next, 0);
+    request_values<Config>(values, a, next, 0);
+    if constexpr (Config::kPlain) {
+      if (pass == kKnown) prefetch_second<Config>(next, a, reader, *reading, share.alone);
+    }
+    batch = share.batch, head = share.head;
+    if (Config::kAlone && share.alone) {
+      if (reader.left <= 0) return;
+      batch = reading->batch, head = reading->head;
+    }
+    if constexpr (Config::kDirectQueries) load_query_fragments<Config>(query_fragments, a, batch, head);
+    if (pass == kKnown) break;
+    const DeviceSequence found = cached_sequence<Config::kPlain>(a, min(lane, a.batch - 1));
+    const bool same = found.seqlen_k == share.of_lane.seqlen_k && found.key_begin == share.of_lane.key_begin;
+    if (__all_sync(~0u, same)) break;
+    __syncwarp();
   }
-  uint4 keys[Config::kTokens / 8][Config::kKeyPieces], values[M][4][Config::kValuePieces];
-  request_keys<Config>(keys, a, next, 0);
-  request_values<Config>(values, a, next, 0);
-  if constexpr (Config::kPlain) prefetch_second<Config>(next, a, reader, *reading, share.alone);
 
-  int batch = share.batch, head = share.head, first_unit = share.unit, left = share.left;
+  int first_unit = share.unit, left = share.left;
   int turn = warp;  // of the warp's next unit among those of the share from the pair's first on
   const bool alone = Config::kAlone && share.alone;
   if (alone) {
-    if (reader.left <= 0) return;
-    batch = reading->batch, head = reading->head, first_unit = reading->units.count - reader.in_pair;
+    first_unit = reading->units.count - reader.in_pair;
     left = reader.left, turn = 0;
     share.sequence = cached_sequence<Config::kPlain>(a, batch);
   }
   DeviceSequence sequence = Config::kDirectQueries ? share.sequence : cached_sequence<Config::kPlain>(a, batch);
-  uint2 query_fragments[Config::kQueriesInRegisters ? Config::kHeadDim / 16 : 1] = {};
-  if constexpr (Config::kDirectQueries) load_query_fragments<Config>(query_fragments, a, batch, head);
+  if constexpr (Config::kCopiedQueries) request_queries<Config>(a, batch, head, shared);
 #pragma unroll 1
   for (;;) {
     const PairUnits pair = units_of<Config>(a, sequence);
@@ -151,7 +179,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     const int rows = sequence.seqlen_q * a.group_size, here = min(pair.count - first_unit, left);
     const int tiles = (rows + 7) / 8;
     float factor[2] = {a.softmax_scale * kLog2e, a.softmax_scale * kLog2e};
-    if constexpr (!Config::kDirectQueries) {
+    if constexpr (Config::kCopiedQueries) {  // asked for when no warp needed those of the last pair any more
+      if (const int r = threadIdx.x; r < Config::kRows) {
+        terms[r] = r < rows ? row_terms(a, sequence, batch, place_of(a, head, r), a.softmax_scale) : RowTerms{};
+      }
+      cp_async_wait<0>();
+      __syncthreads();
+    } else if constexpr (!Config::kDirectQueries) {
       __syncthreads();  // the last pair's rows are finished
       prepare_rows<Config>(a, sequence, batch, head, rows, shared);
       __syncthreads();
@@ -248,31 +282,40 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       if (next_batch) sequence = cached_sequence<Config::kPlain>(a, batch);
       if (left > 0) load_query_fragments<Config>(query_fragments, a, batch, head);
     }
+    // One warp a row, the first of them another one for every pair: others go on at once.
+    const WarpRows own =
+        alone ? WarpRows{0, 1} : WarpRows{(warp + Config::kWarps - left % Config::kWarps) % Config::kWarps, 8};
+    std::uint64_t found = 0;
+    const auto look_at_counter = [&] {  // what it says is there when the part is
+      if (parts.count > 1 && own.first < min(rows, 8)) found = load_counter(arrivals_of<Config>(a, parts, own.first));
+    };
+    auto* const states = reinterpret_cast<PartialState*>(shared + Config::kStateOffset) + (alone ? 8 * warp : 0);
+    auto* const out =
+        reinterpret_cast<float*>(shared + Config::kOutputOffset) + (alone ? 8 * warp : 0) * Config::kOutputPitch;
     if (alone) {
       __syncwarp();
       share_state(state, 0, rows, shared);
       __syncwarp();
-      finish_rows<Config, 1>(
-          a, query_start, finished_batch, finished_head, 0, rows, parts, 0,
-          reinterpret_cast<const PartialState*>(shared + Config::kStateOffset) + 8 * warp,
-          reinterpret_cast<const float*>(shared + Config::kOutputOffset) + warp * 8 * Config::kOutputPitch);
-      if (left > 0) continue;
-      return;
-    }
+      look_at_counter();
+      finish_rows<Config, 1>(a, query_start, finished_batch, finished_head, 0, rows, parts, own, states, out);
+    } else {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      if (n > 0 && n >= tiles) break;
-      __syncthreads();  // rows that were shared before are finished
-      share_state(state, n, rows, shared);
-      __syncthreads();
-      finish_rows<Config>(a, query_start, finished_batch, finished_head, 8 * n, rows, parts, left % Config::kWarps,
-                          reinterpret_cast<const PartialState*>(shared + Config::kStateOffset),
-                          reinterpret_cast<const float*>(shared + Config::kOutputOffset));
-    }
-    if constexpr (N > 1) {
-      if (parts.count > 1) {
-        merge_rows<Config>(a, query_start, finished_batch, finished_head, rows, parts, left % Config::kWarps);
+      for (int n = 0; n < N; ++n) {
+        if (n > 0 && n >= tiles) break;
+        __syncthreads();  // rows that were shared before are finished
+        if (Config::kCopiedQueries && n == 0 && left > 0) request_queries<Config>(a, batch, head, shared);
+        share_state(state, n, rows, shared);
+        __syncthreads();
+        if (n + 1 >= tiles) look_at_counter();
+        finish_rows<Config>(a, query_start, finished_batch, finished_head, 8 * n, rows, parts, own, states, out);
       }
+    }
+    if (parts.count > 1) {
+      // Parts come to where the warp's rows were, and, of few rows, to the others, which nobody has.
+      const int step = alone ? 1 : rows <= 4 ? 4 : 8;
+      merge_rows<Config>(
+          a, query_start, finished_batch, finished_head, 0, rows, parts, own, found,
+          {states + own.first, out + own.first * Config::kOutputPitch, step, alone ? 8 : Config::kWarps * 8 / step});
     }
     if (left > 0) {
       if (!Config::kDirectQueries && next_batch) sequence = cached_sequence<Config::kPlain>(a, batch);

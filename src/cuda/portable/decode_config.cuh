@@ -36,9 +36,10 @@ struct DecodeConfig {
   static constexpr int kOutputTiles = kHeadDim / 16;  // [slice][piece][pair of channels]
   static constexpr bool kQueriesInRegisters = kPlain && kColumnTiles == 1 && kHeadDim <= 128;
   static constexpr bool kProductSums = !kBytes;  // see ForwardConfig; 8-bit weights carry the values' scales
-  static constexpr bool kDirectQueries = kPlain && !kBytes && kQueriesInRegisters;  // not by way of shared memory
-  static constexpr bool kAlone = kDirectQueries;                                    // warps may have pairs of their own
-  static constexpr int kLongestAlone = 16;                                          // units of such a pair
+  static constexpr bool kDirectQueries = kPlain && !kBytes && kQueriesInRegisters;   // not by way of shared memory
+  static constexpr bool kCopiedQueries = kPlain && !kBytes && !kQueriesInRegisters;  // as they are
+  static constexpr bool kAlone = kDirectQueries;  // warps may have pairs of their own
+  static constexpr int kLongestAlone = 16;        // units of such a pair
   // With many columns the registers of keys are needed until the weights are packed.
   static constexpr bool kKeysEarly = kColumnTiles == 1;
 
@@ -46,6 +47,9 @@ struct DecodeConfig {
   static constexpr int kWarps = kPlain && kColumnTiles * kHeadDim <= 128 ? 12 : 8;
   static constexpr int kBlocks = 1;
   static constexpr int kThreads = 32 * kWarps;
+  // Tiles that always have rows, as plain calls of fewer rows have kernels of fewer tiles: their loads of queries do
+  // not wait behind branches. Three of four, or two of head_dim 256, spill.
+  static constexpr int kLeastTiles = kPlain && kColumnTiles > 1 && kHeadDim <= 128 ? 2 : 1;
   static constexpr int kRows = 8 * kColumnTiles;
   static constexpr int kQueryPitch = kHeadDim * 2 + (kBytes ? 16 : 64);  // bytes: eight rows hit different banks
   static constexpr int kOutputPitch = kHeadDim + 4;                      // floats

@@ -27,77 +27,72 @@ ONEPASS_DEVICE void write_row(const DecodeArguments& a, const PartialState& stat
   }
 }
 
-// Merges the states of kStates warps of up to eight rows and writes the rows, or this part of them. One warp a row, the
-// first of them `first_warp`: others go on at once. One state: the calling warp's own. Parts are merged here, too,
-// unless registers still hold other rows.
+// Rows of a pair that the calling warp finishes.
+struct WarpRows {
+  int first, step;
+};
+
+// Merges the states of kStates warps of up to eight rows and writes the rows, or this part of them. One state: the
+// calling warp's own.
 template <class Config, int kStates = Config::kWarps>
 ONEPASS_DEVICE void finish_rows(const DecodeArguments& a, std::int64_t query_start, int batch, int head_kv,
-                                int first_row, int rows, const Parts& parts, int first_warp, const PartialState* states,
-                                const float* out) {
-  constexpr int kWarps = Config::kWarps, kChunks = kRowChunks<Config>;
-  constexpr bool kMergesParts = Config::kRows == 8;
-  constexpr int kUnroll = kMergesParts ? 4 : 2;  // registers still hold other rows, or the next keys
-
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, end = min(8, rows - first_row);
+                                int first_row, int rows, const Parts& parts, WarpRows own, PartialState* states,
+                                float* out) {
+  constexpr int kChunks = kRowChunks<Config>;
+  const int lane = threadIdx.x % 32, end = min(8, rows - first_row);
 #pragma unroll 1
-  for (int row = kStates == 1 ? 0 : (warp + kWarps - first_warp) % kWarps; row < end;
-       row += kStates == 1 ? 1 : kWarps) {
-    const int slot_row = (first_row + row) % Config::kRows;
-    std::uint64_t* const counter = arrivals_of<Config>(a, parts, slot_row);
-    std::uint64_t found = 0;
-    if (kMergesParts && parts.count > 1) found = load_counter(counter);  // there when the part is
+  for (int row = own.first; row < end; row += own.step) {
     PartialState merged{-kInfinity, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int w = 0; w < kStates; ++w) merged.largest = fmaxf(merged.largest, states[8 * w + row].largest);
-    const float base = merged.largest == -kInfinity ? 0.0f : merged.largest;
     float4 x[kChunks] = {};
-#pragma unroll kUnroll
-    for (int w = 0; w < kStates; ++w) {
-      const PartialState part = states[8 * w + row];
-      const float f = part.sum == 0.0f ? 0.0f : exp2_approx((part.largest == -kInfinity ? 0.0f : part.largest) - base);
-      merged.sum += f * part.sum;
-      merged.rounded += f * part.rounded;
-      merged.repaired += part.repaired;
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const int d = 4 * lane + 128 * c;
-        if (d >= Config::kHeadDim) continue;
-        const float4 y = *reinterpret_cast<const float4*>(out + (8 * w + row) * Config::kOutputPitch + d);
-        x[c] = {fmaf(f, y.x, x[c].x), fmaf(f, y.y, x[c].y), fmaf(f, y.z, x[c].z), fmaf(f, y.w, x[c].w)};
-      }
+    add_states<Config>(merged, x, {states + row, out + row * Config::kOutputPitch, 8, kStates});
+    if (parts.count == 1) {
+      write_row<Config>(a, merged, x, query_start, batch, head_kv, first_row + row);
+      continue;
     }
-    if (parts.count > 1) {
-      const int slot = parts.slot(parts.index);
-      float* const partial = partial_row<Config>(a, slot, slot_row);
+    const int slot = parts.slot(parts.index), slot_row = (first_row + row) % Config::kRows;
+    float* const partial = partial_row<Config>(a, slot, slot_row);
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const int d = 4 * lane + 128 * c;
-        if (d < Config::kHeadDim) *reinterpret_cast<float4*>(partial + d) = x[c];
-      }
-      if (lane == 0) *partial_state<Config>(a, slot, slot_row) = merged;
-      if constexpr (!kMergesParts) continue;
-      if (!arrives_last(counter, found, a.ticket, parts.count)) continue;
-      merge_parts<Config>(merged, x, a, parts, slot_row);
+    for (int c = 0; c < kChunks; ++c) {
+      const int d = 4 * lane + 128 * c;
+      if (merged.sum == 0.0f) x[c] = {0.0f, 0.0f, 0.0f, 0.0f};  // weights of 0 times infinities are not 0
+      if (d < Config::kHeadDim) __stcg(reinterpret_cast<float4*>(partial + d), x[c]);
     }
-    write_row<Config>(a, merged, x, query_start, batch, head_kv, first_row + row);
+    if (lane == 0) {
+      const float4 state{merged.largest, merged.sum, merged.rounded, merged.repaired};
+      __stcg(reinterpret_cast<float4*>(partial_state<Config>(a, slot, slot_row)), state);
+    }
   }
 }
 
-// Merges the parts of rows that finish_rows() has left.
+// Merges the parts of rows [first_row, first_row + rows) that finish_rows() has left, if those of the calling warp are
+// the last: its rows arrive together. Parts of as many rows as there are places for are on their way at once.
 template <class Config>
-ONEPASS_DEVICE void merge_rows(const DecodeArguments& a, std::int64_t query_start, int batch, int head_kv, int rows,
-                               const Parts& parts, int first_warp) {
-  constexpr int kWarps = Config::kWarps;
-  static_assert(kWarps >= 8);  // a warp has the same row of every eight
-  const int first = (threadIdx.x / 32 + kWarps - first_warp) % kWarps;
+ONEPASS_DEVICE void merge_rows(const DecodeArguments& a, std::int64_t query_start, int batch, int head_kv,
+                               int first_row, int rows, const Parts& parts, WarpRows own, std::uint64_t found,
+                               const SharedStates& places) {
+  if (own.first >= min(rows, 8)) return;
+  if (!arrives_last(arrivals_of<Config>(a, parts, own.first), found, a.ticket, parts.count)) return;
+  const int of_row = min(parts.count, places.count);
+  int row = own.first, asked = row, place = 0;
+  bool asks = true;
+  // Asks for rows as long as there are places, then merges them.
 #pragma unroll 1
-  for (int row = first < 8 ? first : rows; row < rows; row += 8) {
-    std::uint64_t* const counter = arrivals_of<Config>(a, parts, row);
-    if (!arrives_last(counter, load_counter(counter), a.ticket, parts.count)) continue;
+  while (row < rows) {
+    const int ahead = place * places.step;
+    const SharedStates here{places.states + ahead, places.out + ahead * Config::kOutputPitch, places.step, of_row};
+    place += of_row;
+    if (asks) {
+      request_parts<Config>(a, parts, 0, asked, here);
+      asked += own.step;
+      if (asked >= rows || place + of_row > places.count) asks = false, place = 0;
+      continue;
+    }
     PartialState merged;
     float4 x[kRowChunks<Config>];
-    merge_parts<Config>(merged, x, a, parts, row);
-    write_row<Config>(a, merged, x, query_start, batch, head_kv, row);
+    merge_parts<Config>(merged, x, a, parts, row, here);
+    write_row<Config>(a, merged, x, query_start, batch, head_kv, first_row + row);
+    row += own.step;
+    if (row == asked) asks = true, place = 0;
   }
 }
 

@@ -200,9 +200,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
     for (int c = 0; c < kPerLane; ++c) outputs[r * Config::kOutputPitch + lane + 32 * c] = out[r][c];
   __syncthreads();
-  finish_rows<Config>(a, sequence.query_start, batch, head, first_row, first_row + rows, fixed_parts(a, parts), 0,
-                      reinterpret_cast<const PartialState*>(shared + Config::kStateOffset),
-                      reinterpret_cast<const float*>(shared + Config::kOutputOffset));
+  const Parts all = fixed_parts(a, parts);
+  const WarpRows own{warp, Config::kWarps};
+  auto* const states = reinterpret_cast<PartialState*>(shared + Config::kStateOffset);
+  auto* const out_of_warps = reinterpret_cast<float*>(shared + Config::kOutputOffset);
+  finish_rows<Config>(a, sequence.query_start, batch, head, first_row, first_row + rows, all, own, states,
+                      out_of_warps);
+  if (parts == 1) return;
+  merge_rows<Config>(a, sequence.query_start, batch, head, first_row, rows, all, own,
+                     load_counter(arrivals_of<Config>(a, all, min(warp, kRows - 1))),
+                     {states + warp, out_of_warps + warp * Config::kOutputPitch, kRows, Config::kWarps});
 }
 
 template <DType kStorage>

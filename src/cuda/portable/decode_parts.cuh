@@ -44,7 +44,7 @@ ONEPASS_DEVICE float* partial_row(const DecodeArguments& a, int slot, int row) {
   return a.partials + (std::int64_t{slot} * Config::kRows + row) * Config::kHeadDim;
 }
 
-// Whether the part that the calling warp has just written is the row's last. `found`: the counter, as it was loaded
+// Whether the part that the calling warp has just written is its rows' last. `found`: the counter, as it was loaded
 // before. Memory holds this ticket by chance once in 2^48 times.
 ONEPASS_DEVICE bool arrives_last(std::uint64_t* counter, std::uint64_t found, std::uint64_t ticket, int parts) {
   std::uint64_t before = 0;
@@ -59,61 +59,86 @@ ONEPASS_DEVICE bool arrives_last(std::uint64_t* counter, std::uint64_t found, st
   return __shfl_sync(~0u, static_cast<int>(before - ticket), 0) == parts - 1;
 }
 
-// The warp's row of `merged` and `x` becomes the merge of all its parts.
+// States and outputs of a row in shared memory: of every warp, then, when those are merged, places for parts.
+struct SharedStates {
+  PartialState* states;
+  float* out;
+  int step, count;  // rows from one to the next
+};
+
+// Takes states into the warp's row of `merged` and `x`.
 template <class Config>
-ONEPASS_DEVICE void merge_parts(PartialState& merged, float4 (&x)[kRowChunks<Config>], const DecodeArguments& a,
-                                const Parts& parts, int row) {
-  constexpr int kChunks = kRowChunks<Config>, kAtOnce = Config::kPlain || Config::kRows <= 8 ? 4 : 2;
+ONEPASS_DEVICE void add_states(PartialState& merged, float4 (&x)[kRowChunks<Config>], const SharedStates& source) {
+  constexpr int kChunks = kRowChunks<Config>;
+  constexpr int kUnroll = Config::kRows == 8 && kChunks == 1 ? 4 : 2;  // registers hold other rows, or the next keys
   const int lane = threadIdx.x % 32;
   const auto base_of = [](float largest) { return largest == -kInfinity ? 0.0f : largest; };
+  float largest = merged.largest;
+#pragma unroll 4
+  for (int i = 0; i < source.count; ++i) largest = fmaxf(largest, source.states[source.step * i].largest);
+  const float base = base_of(largest);
+  const float mine = merged.sum == 0.0f ? 0.0f : exp2_approx(base_of(merged.largest) - base);
+  merged = {largest, mine * merged.sum, mine * merged.rounded, merged.repaired};
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) x[c] = {mine * x[c].x, mine * x[c].y, mine * x[c].z, mine * x[c].w};
+#pragma unroll kUnroll
+  for (int i = 0; i < source.count; ++i) {
+    const PartialState part = source.states[source.step * i];
+    const float f = part.sum == 0.0f ? 0.0f : exp2_approx(base_of(part.largest) - base);
+    merged.sum += f * part.sum;
+    merged.rounded += f * part.rounded;
+    merged.repaired += part.repaired;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int d = 4 * lane + 128 * c;
+      if (d >= Config::kHeadDim) continue;
+      const float4 y = *reinterpret_cast<const float4*>(source.out + source.step * i * Config::kOutputPitch + d);
+      x[c] = {fmaf(f, y.x, x[c].x), fmaf(f, y.y, x[c].y), fmaf(f, y.z, x[c].z), fmaf(f, y.w, x[c].w)};
+    }
+  }
+}
+
+// Asks for as many parts of a row as there are places, from part `first` on. By way of shared memory many are on their
+// way, whatever registers hold.
+template <class Config>
+ONEPASS_DEVICE void request_parts(const DecodeArguments& a, const Parts& parts, int first, int row,
+                                  const SharedStates& places) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();  // states that were there are read
+#pragma unroll 1
+  for (int i = lane; i < places.count; i += 32) {
+    cp_async_16(shared_address(places.states + places.step * i), partial_state<Config>(a, parts.slot(first + i), row),
+                true);
+  }
+#pragma unroll 4
+  for (int i = 0; i < places.count; ++i) {
+    const float* const source = partial_row<Config>(a, parts.slot(first + i), row);
+    float* const place = places.out + places.step * i * Config::kOutputPitch;
+#pragma unroll
+    for (int c = 0; c < kRowChunks<Config>; ++c) {
+      const int d = 4 * lane + 128 * c;
+      if (d < Config::kHeadDim) cp_async_16(shared_address(place + d), source + d, true);
+    }
+  }
+  cp_async_commit();
+}
+
+// The warp's row of `merged` and `x` becomes the merge of all its parts, the first of which have been asked for.
+template <class Config>
+ONEPASS_DEVICE void merge_parts(PartialState& merged, float4 (&x)[kRowChunks<Config>], const DecodeArguments& a,
+                                const Parts& parts, int row, SharedStates places) {
   merged = {-kInfinity, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) x[c] = {};
+  for (int c = 0; c < kRowChunks<Config>; ++c) x[c] = {};
 #pragma unroll 1
-  for (int first = 0; first < parts.count; first += kAtOnce) {
-    float4 y[kAtOnce][kChunks];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const float* const source = partial_row<Config>(a, parts.slot(min(first + i, parts.count - 1)), row);
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const int d = 4 * lane + 128 * c;
-        if (d < Config::kHeadDim) y[i][c] = __ldcg(reinterpret_cast<const float4*>(source + d));
-      }
-    }
-    PartialState part{-kInfinity, 0.0f, 0.0f, 0.0f};  // lane i: of part i modulo kAtOnce
-    if (const int i = first + lane % kAtOnce; i < parts.count) {
-      const float4 state = __ldcg(reinterpret_cast<const float4*>(partial_state<Config>(a, parts.slot(i), row)));
-      part = {state.x, state.y, state.z, state.w};
-    }
-    const std::uint32_t counted = __ballot_sync(~0u, part.sum != 0.0f);  // weights of 0 times infinities are not 0
-    float largest = fmaxf(merged.largest, part.largest);
-#pragma unroll
-    for (int apart = 1; apart < kAtOnce; apart *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, apart));
-    const float mine = merged.sum == 0.0f ? 0.0f : exp2_approx(base_of(merged.largest) - base_of(largest));
-    const float its = part.sum == 0.0f ? 0.0f : exp2_approx(base_of(part.largest) - base_of(largest));
-    part.sum *= its;
-    part.rounded *= its;
-#pragma unroll
-    for (int apart = 1; apart < kAtOnce; apart *= 2) {
-      part.sum += __shfl_xor_sync(~0u, part.sum, apart);
-      part.rounded += __shfl_xor_sync(~0u, part.rounded, apart);
-      part.repaired += __shfl_xor_sync(~0u, part.repaired, apart);
-    }
-    merged = {largest, mine * merged.sum + part.sum, mine * merged.rounded + part.rounded,
-              merged.repaired + part.repaired};
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) x[c] = {mine * x[c].x, mine * x[c].y, mine * x[c].z, mine * x[c].w};
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const float f = __shfl_sync(~0u, its, i);
-      if ((counted >> i & 1) == 0) continue;
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        x[c] = {fmaf(f, y[i][c].x, x[c].x), fmaf(f, y[i][c].y, x[c].y), fmaf(f, y[i][c].z, x[c].z),
-                fmaf(f, y[i][c].w, x[c].w)};
-      }
-    }
+  for (int first = 0;;) {
+    cp_async_wait<0>();
+    __syncwarp();
+    add_states<Config>(merged, x, places);
+    first += places.count;
+    if (first >= parts.count) return;
+    places.count = min(parts.count - first, places.count);
+    request_parts<Config>(a, parts, first, row, places);
   }
 }
 

@@ -39,7 +39,7 @@ ONEPASS_DEVICE void multiply_keys(float (&s)[Config::kTokenTiles][Config::kColum
       }
 #pragma unroll
       for (int n = 0; n < Config::kColumnTiles; ++n) {
-        if (n > 0 && n >= tiles) break;
+        if (n >= Config::kLeastTiles && n >= tiles) break;
         uint2 q;
         if constexpr (Config::kQueriesInRegisters) {
           q = query_fragments[piece * kSteps + step];

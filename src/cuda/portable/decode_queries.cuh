@@ -74,6 +74,24 @@ ONEPASS_DEVICE void prepare_rows(const DecodeArguments& a, const DeviceSequence&
   }
 }
 
+// Plain calls of queries that are T: asks for those of a pair, and zeros behind the last row, by all threads. The
+// caller waits for the copies.
+template <class Config>
+ONEPASS_DEVICE void request_queries(const DecodeArguments& a, int batch, int head_kv, unsigned char* shared) {
+  constexpr int kPieces = Config::kHeadDim / 8;  // of 16 bytes
+  const int rows = a.seqlen_q * a.group_size;
+#pragma unroll
+  for (int i = 0; i < Config::kRows * kPieces; i += Config::kThreads) {
+    const int r = (i + threadIdx.x) / kPieces, piece = (i + threadIdx.x) % kPieces;
+    if (r >= Config::kRows) break;
+    const RowPlace place = place_of(a, head_kv, min(r, rows - 1));
+    const auto* const row = static_cast<const unsigned short*>(a.q.data) + batch * a.q.batch_stride +
+                            place.head * a.q.head_stride + place.query * a.q.token_stride;
+    cp_async_16(shared_address(shared + r * Config::kQueryPitch + 16 * piece), row + 8 * piece, r < rows);
+  }
+  cp_async_commit();
+}
+
 // Plain calls of queries that are T: of up to eight rows, the fragments of row lane/4, from where they are.
 template <class Config>
 ONEPASS_DEVICE void load_query_fragments(uint2 (&fragments)[Config::kHeadDim / 16], const DecodeArguments& a, int batch,

@@ -56,6 +56,7 @@ struct Share {
   bool alone = false;               // every warp has pairs of its own, all of which are short
   PairUnits pair = {{0, 0}, 0, 0};  // of the first pair
   DeviceSequence sequence = {};     // plain calls: its sequence
+  DeviceSequence of_lane = {};      // plain calls: sequence `lane`, as the share was worked out of it
 };
 
 // The part of a block that has one part of one pair.
@@ -137,6 +138,7 @@ ONEPASS_DEVICE Share equal_share(const DecodeArguments& a) {
   const int owner = __ffs(static_cast<int>(behind)) - 1;  // the first lane whose sequence ends behind the share's begin
   inside -= __shfl_sync(~0u, end - mine, owner);
   Share share;
+  share.of_lane = sequences[0];
   share.batch = first + 32 * index + owner;
   if constexpr (Config::kPlain) {
     sequence.seqlen_k = sequence.key_end = __shfl_sync(~0u, sequence.seqlen_k, owner);
