@@ -23,7 +23,8 @@ class Producer {
     for (std::uint32_t phase = 1;; phase ^= 1) {
       barrier_wait(shared_.next_empty(), phase);
       const bool found = stream.next(shared_.next_tile());
-      wait_for_previous_grid();  // the first tile alone has been decoded before; nobody else reads memory without a tile
+      wait_for_previous_grid();  // the first tile alone has been decoded before; nobody else reads memory without a
+                                 // tile
       if (threadIdx.x % 32 == 0) barrier_arrive(shared_.next_full());
       __syncwarp();
       if (!found) return;

@@ -1,8 +1,6 @@
 // cuda/portable/cached.cpp: host side of attention over caches: which kernel, how the keys are split, workspace.
 #include <algorithm>
-#include <atomic>
 #include <numbers>
-#include <random>
 
 #include "core/parallel.h"
 #include "cuda/graph_launch.h"
@@ -11,6 +9,7 @@
 #include "cuda/portable/decode.h"
 #include "cuda/portable/operations.h"
 #include "cuda/portable/ragged.h"
+#include "cuda/ticket.h"
 
 namespace onepass::cuda {
 namespace {
@@ -117,22 +116,13 @@ DecodeArguments arguments_of(const CachedProblem& problem, const DecodeKernel& k
   a.window_left = window_of(p.window_left);
   a.window_right = window_of(p.window_right);
   a.parts = static_cast<int>(
-      std::min({problem.num_splits, problem.cache.capacity() + 1, std::int64_t{(1 << kArrivalBits) - 1}}));
+      std::min({problem.num_splits, problem.cache.capacity() + 1, std::int64_t{(1 << kTicketCountBits) - 1}}));
   a.row_blocks = 1;
   a.has_terms = p.softcap > 0 || p.alibi_slopes != nullptr;
   a.vectorized_out = has_vectorized_output(p);
   a.rows = kernel.rows;
   a.columns = kernel.columns;
   return a;
-}
-
-// Another one for every call of the process, and not what memory holds.
-std::uint64_t next_ticket() {
-  static std::atomic<std::uint64_t> next = [] {
-    std::random_device random;
-    return std::uint64_t{random()} << 32 | random();
-  }();
-  return next++ << kArrivalBits;
 }
 
 void run_parts(const CachedProblem& problem, const DecodeKernel& kernel, DecodeArguments a, std::int64_t blocks,

@@ -40,9 +40,6 @@ struct PartialState {
   float repaired;  // not 0: infinities and NaNs among the values were left out and must be added
 };
 
-// How many parts of a row have arrived is counted below the call's ticket, in memory that nobody clears.
-inline constexpr int kArrivalBits = 16;
-
 // Keys or values; strides in bytes.
 struct StoredRows {
   const char* data;
@@ -70,7 +67,7 @@ struct DecodeArguments {
   PartialState* states;     // (slots, rows). Equal shares: two slots a block; else one a (pair, row block, part)
   float* partials;          // (slots, rows, columns)
   std::uint64_t* arrivals;  // (blocks, rows), of the pair that a block begins; else (pairs, row blocks, rows)
-  std::uint64_t ticket;
+  std::uint64_t ticket;     // see cuda/ticket.h
   const void* sinks;
   DType sinks_dtype, dtype;
   Operand out;

@@ -44,15 +44,12 @@ ONEPASS_DEVICE float* partial_row(const DecodeArguments& a, int slot, int row) {
   return a.partials + (std::int64_t{slot} * Config::kRows + row) * Config::kHeadDim;
 }
 
-// Whether the part that the calling warp has just written is its rows' last. `found`: the counter, as it was loaded
-// before. Memory holds this ticket by chance once in 2^48 times.
+// Whether the part that the calling warp has just written is its rows' last. `found`: the counter, loaded before.
 ONEPASS_DEVICE bool arrives_last(std::uint64_t* counter, std::uint64_t found, std::uint64_t ticket, int parts) {
   std::uint64_t before = 0;
   __syncwarp();
   if (threadIdx.x % 32 == 0) {
-    if ((found ^ ticket) >> kArrivalBits != 0) {
-      atomicCAS(reinterpret_cast<unsigned long long*>(counter), found, ticket);
-    }
+    claim_counter(counter, found, ticket);
     before = count_arrival(counter);
     if (before - ticket == parts - 1) *counter = ticket;  // for the next run of a graph
   }

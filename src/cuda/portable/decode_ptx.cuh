@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common/grid_order.cuh"
+#include "cuda/common/ticket.cuh"
 #include "cuda/portable/ptx.cuh"
 
 namespace onepass::cuda {
@@ -17,11 +18,6 @@ ONEPASS_DEVICE int load_index(const std::int32_t* source) {
   return value;
 }
 
-ONEPASS_DEVICE std::uint64_t load_counter(const std::uint64_t* source) {
-  std::uint64_t value;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(source) : "memory");
-  return value;
-}
 // counter += 1; the count before. What the warp has written is seen by those who count after it.
 ONEPASS_DEVICE std::uint64_t count_arrival(std::uint64_t* counter) {
   std::uint64_t before;

@@ -238,6 +238,7 @@ const std::vector<CacheCase>& cache_cases() {
        .magnitude = 1.5,
        .prob_threshold = 0.02},
       {.name = "bfloat16_storage", .storage = DType::kBFloat16},
+      {.name = "float16_storage", .storage = DType::kFloat16},
       {.name = "float32_storage", .storage = DType::kFloat32},
   };
   return cases;
