@@ -1,15 +1,21 @@
 #include "cuda/ticket.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <random>
+
+#include "cuda/device.h"
 
 namespace onepass::cuda {
 
-std::uint64_t next_ticket() {
+std::uint64_t begin_counting(void* counters, std::size_t bytes, const char* operation, void* stream) {
+  static const bool clears = std::getenv("ONEPASS_CLEAR_COUNTERS") != nullptr;
   static std::atomic<std::uint64_t> next = [] {
     std::random_device random;
     return std::uint64_t{random()} << 32 | random();
   }();
+  if (clears)
+    check(cudaMemsetAsync(counters, 0, bytes, static_cast<cudaStream_t>(stream)), operation, "cudaMemsetAsync");
   return next++ << kTicketCountBits;
 }
 

@@ -8,7 +8,7 @@ namespace onepass::cuda::hopper {
 TileCounter make_tile_counter(void* memory, std::int64_t tiles, const char* operation, void* stream) {
   TileCounter counter{static_cast<std::uint64_t*>(memory)};
   if (tiles < std::int64_t{1} << kTicketCountBits) {
-    counter.ticket = next_ticket();
+    counter.ticket = begin_counting(memory, sizeof(*counter.count), operation, stream);
   } else {
     check(cudaMemsetAsync(memory, 0, sizeof(*counter.count), static_cast<cudaStream_t>(stream)), operation,
           "cudaMemsetAsync");
