@@ -5,6 +5,7 @@ Backward recomputes the attention weights from q, k and the saved log-sum-exp (L
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,30 @@ from torch.autograd.function import FunctionCtx
 
 from onepass._library import call
 from onepass._ops import Score, ScoreTensors, ops, option_arguments
+
+# Whether torch.func transforms a call. A torch that does not say is taken to.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def differentiable(function: type[Function], *inputs: Any) -> Any:
+    """``function.apply(*inputs)`` with errors translated.
+
+    Where nothing compiles or transforms the call, ``forward`` and ``setup_context`` run as one: torch binds the inputs
+    of a forward with a separate ``setup_context`` by name, which takes longer than a small attention.
+    """
+    transformed = torch.compiler.is_compiling() or _transforms_active()
+    return call((function if transformed else _combined(function)).apply, *inputs)
+
+
+@cache
+def _combined(function: type[Function]) -> type[Function]:
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (Function,), members)
 
 
 class VarlenLimits(NamedTuple):

@@ -24,7 +24,7 @@ from onepass._inputs import (
 )
 from onepass._library import call, translated
 from onepass._ops import Score, ScoreTensors, ops, option_arguments
-from onepass.autograd import Attention, MergeStates, VarlenLimits
+from onepass.autograd import Attention, MergeStates, VarlenLimits, differentiable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -343,8 +343,8 @@ def attention_with_state(
         cu_seqlens_q = as_int32(operation, "cu_seqlens_q", cu_seqlens_q)
         cu_seqlens_k = as_int32(operation, "cu_seqlens_k", cu_seqlens_k)
     if needs_gradient(q, k, v, tensors.bias, tensors.sinks):
-        out, lse, total_attention = call(
-            Attention.apply, *distinct(q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k), limits, score, deterministic,
+        out, lse, total_attention = differentiable(
+            Attention, *distinct(q, k, v, *tensors, cu_seqlens_q, cu_seqlens_k), limits, score, deterministic,
             return_lse, return_total_attention,
         )  # fmt: skip
         return AttentionResult(out, lse if return_lse else None, total_attention if return_total_attention else None)
@@ -372,8 +372,10 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
         ValueError, TypeError: as :func:`attention`.
     """
     parts = out_a, lse_a, out_b, lse_b
-    differentiable = needs_gradient(*parts)
-    out, lse = call(MergeStates.apply, *distinct(*parts)) if differentiable else call(ops.merge_states, *parts)
+    if needs_gradient(*parts):
+        out, lse = differentiable(MergeStates, *distinct(*parts))
+    else:
+        out, lse = call(ops.merge_states, *parts)
     return out, lse
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from onepass._inputs import autocast, check_tensors, distinct, needs_gradient
 from onepass._library import call
 from onepass._ops import ops
-from onepass.autograd import PiecewiseAttention
+from onepass.autograd import PiecewiseAttention, differentiable
 from onepass.functional import AttentionResult
 
 
@@ -84,7 +84,7 @@ def piecewise_attention(
     operands = autocast(q1, k1, q2, k2, v)
     if needs_gradient(*operands):
         arguments = (*distinct(*operands), dist_threshold, causal, softmax_scale, return_lse)
-        out, lse = call(PiecewiseAttention.apply, *arguments)
+        out, lse = differentiable(PiecewiseAttention, *arguments)
     else:
         out, lse = call(ops.piecewise_attention, *operands, dist_threshold, causal, softmax_scale)
     return AttentionResult(out, lse) if return_lse else out

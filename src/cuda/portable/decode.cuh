@@ -135,7 +135,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     if constexpr (Config::kPlain) {
       if (guess) {
         prefetch_unit<Config>(next, a);
-        prefetch_second<Config>(next, a, reader, *reading, share.alone);
         __syncwarp();
         continue;
       }
@@ -143,9 +142,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     forget(keys), forget(values);  // of a guess that was wrong
     request_keys<Config>(keys, a, next, 0);
     request_values<Config>(values, a, next, 0);
-    if constexpr (Config::kPlain) {
-      if (pass == kKnown) prefetch_second<Config>(next, a, reader, *reading, share.alone);
-    }
+    if constexpr (Config::kPlain) prefetch_second<Config>(next, a, reader, *reading, share.alone);
     batch = share.batch, head = share.head;
     if (Config::kAlone && share.alone) {
       if (reader.left <= 0) return;
