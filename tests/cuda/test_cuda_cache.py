@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onepass
 import pytest
 import torch
@@ -118,3 +120,28 @@ def test_a_graph_of_append_and_attention_generates() -> None:
         graph.replay()
         assert torch.equal(out, onepass.cached_attention(q, eager, k_new=new[0][step], v_new=new[1][step]))
     assert cache.seqlens.tolist() == [3000 + steps]
+
+
+@pytest.mark.parametrize(("batch", "queries", "dim"), [(1, 1, 128), (3, 8, 128), (3, 2, 64), (2, 1, 256), (40, 1, 64)])
+def test_lengths_that_the_kernel_ahead_changes(batch: int, queries: int, dim: int) -> None:
+    """A call may begin before the append ahead of it has ended: what it guesses from old lengths must not show."""
+    torch.manual_seed(4)
+    cache = onepass.KVCache(batch, 2000, HEADS_KV, dim, device="cuda")
+    q = torch.randn(batch, HEADS, queries, dim, device="cuda").bfloat16()
+    counts = [1, 900, 3, 700, 32]
+    new = [torch.randn(2, batch, HEADS_KV, count, dim, device="cuda").bfloat16() for count in counts]
+
+    def run(wait: Callable[[], None]) -> list[torch.Tensor]:
+        cache.seqlens.zero_()
+        outs = []
+        for k, v in new:
+            cache.append(k, v)
+            wait()
+            outs.append(onepass.cached_attention(q, cache))
+        return outs
+
+    wants = run(torch.cuda.synchronize)
+    for _ in range(5):
+        torch.cuda._sleep(20_000_000)  # so that the calls are all there when they begin
+        for out, want in zip(run(lambda: None), wants, strict=True):
+            assert torch.equal(out, want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import onepass
 import pytest
@@ -108,3 +109,25 @@ def test_tensors_of_another_device_than_the_current_one() -> None:
         assert torch.cuda.current_device() == 0
     for a, b in zip(got, forward_and_gradients(inputs(torch.bfloat16), deterministic=True), strict=True):
         assert torch.equal(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("total_attention", [False, True])
+def test_calls_that_wait_for_one_another(total_attention: bool) -> None:
+    """A kernel may be set up before the one ahead of it, which writes its queries, has ended."""
+    torch.manual_seed(8)
+    q, k, v = (torch.randn(1, 40, 600, 64, device="cuda").bfloat16() for _ in range(3))
+
+    def run(wait: Callable[[], None]) -> list[torch.Tensor]:
+        x, results = q, []
+        for _ in range(20):
+            result = onepass.attention(x, k, v, causal=True, return_lse=True, return_total_attention=total_attention)
+            wait()
+            x = result.out
+            results += [tensor for tensor in result if tensor is not None]
+        return results
+
+    wants = run(torch.cuda.synchronize)
+    for _ in range(5):
+        torch.cuda._sleep(20_000_000)  # so that the calls are all there when they begin
+        for got, want in zip(run(lambda: None), wants, strict=True):
+            assert torch.equal(got, want)
