@@ -1,4 +1,4 @@
-// cuda/graph_launch.h: launches of small kernels that follow one another.
+// cuda/graph_launch.h: launches of kernels that are set up while the one before them ends.
 #pragma once
 
 #include "cuda/device.h"

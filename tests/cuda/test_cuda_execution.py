@@ -8,6 +8,7 @@ from collections.abc import Callable
 import onepass
 import pytest
 import torch
+from queued import assert_same_when_queued
 
 SHAPE = (2, 4, 70, 64)  # batch, num_heads, seqlen, head_dim
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -126,8 +127,17 @@ def test_calls_that_wait_for_one_another(total_attention: bool) -> None:
             results += [tensor for tensor in result if tensor is not None]
         return results
 
-    wants = run(torch.cuda.synchronize)
-    for _ in range(5):
-        torch.cuda._sleep(20_000_000)  # so that the calls are all there when they begin
-        for got, want in zip(run(lambda: None), wants, strict=True):
-            assert torch.equal(got, want)
+    assert_same_when_queued(run)
+
+
+@pytest.mark.parametrize("total_attention", [False, True])
+def test_more_tiles_than_a_ticket_counts(total_attention: bool) -> None:
+    torch.manual_seed(9)
+    q, k, v = (torch.randn(2, 40_000, 3, 64, device="cuda").bfloat16() for _ in range(3))
+
+    def results(part: slice) -> list[torch.Tensor]:
+        found = onepass.attention(q[part], k[part], v[part], return_lse=True, return_total_attention=total_attention)
+        return [tensor for tensor in found if tensor is not None]
+
+    for whole, *halves in zip(results(slice(2)), results(slice(1)), results(slice(1, 2)), strict=True):
+        assert torch.equal(whole, torch.cat(halves))

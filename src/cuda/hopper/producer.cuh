@@ -19,12 +19,11 @@ class Producer {
   // A whole warp. Decoding a tile takes as long as working through a short one.
   ONEPASS_DEVICE void draw_tiles() const {
     TileStream<Config> stream(problem_, plan_);
-    if (problem_.ragged() || problem_.key_begin != nullptr || problem_.key_end != nullptr) wait_for_previous_grid();
+    if (has_bounds_in_memory(problem_)) wait_for_previous_grid();
     for (std::uint32_t phase = 1;; phase ^= 1) {
       barrier_wait(shared_.next_empty(), phase);
       const bool found = stream.next(shared_.next_tile());
-      wait_for_previous_grid();  // the first tile alone has been decoded before; nobody else reads memory without a
-                                 // tile
+      wait_for_previous_grid();  // only the first tile is decoded before; nobody reads memory without a tile
       if (threadIdx.x % 32 == 0) barrier_arrive(shared_.next_full());
       __syncwarp();
       if (!found) return;

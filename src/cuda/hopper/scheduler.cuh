@@ -50,6 +50,11 @@ ONEPASS_DEVICE Tile load_tile(std::uint32_t address) {
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w, d.x};
 }
 
+// Whether sequences begin or end where memory says.
+ONEPASS_DEVICE bool has_bounds_in_memory(const Problem& problem) {
+  return problem.ragged() || problem.key_begin != nullptr || problem.key_end != nullptr;
+}
+
 // How many keys before and behind its own a row sees, as in Problem.
 struct Window {
   std::int64_t left, right;
@@ -176,7 +181,7 @@ class TileStream {
     tile.key_begin = s.key_begin;
     tile.key_end = s.key_end;
     tile.diagonal = s.diagonal;
-    tile.mode = problem_.ragged() || problem_.key_begin != nullptr || problem_.key_end != nullptr ? kScrub : 0;
+    tile.mode = has_bounds_in_memory(problem_) ? kScrub : 0;
     const int last_row = min(tile.row + Config::kRows, s.seqlen_q) - 1;
     const int begin = visible_begin(window_of(problem_), tile, tile.row),
               end_key = visible_end(window_of(problem_), tile, last_row);

@@ -136,7 +136,8 @@ void run_parts(const CachedProblem& problem, const DecodeKernel& kernel, DecodeA
   a.partials = workspace.as<float>();
   a.states = reinterpret_cast<PartialState*>(workspace.as<char>() + partial_bytes);
   a.arrivals = reinterpret_cast<std::uint64_t*>(workspace.as<char>() + partial_bytes + state_bytes);
-  a.ticket = begin_counting(a.arrivals, counted * sizeof(std::uint64_t), problem.attention.operation, context.stream);
+  a.ticket = begin_counting(a.arrivals, counted * sizeof(std::uint64_t), a.parts > 0 ? a.parts : blocks,
+                            problem.attention.operation, context.stream);
   a.grid = Divider(blocks);
   launch_dependent(problem.attention.operation, kernel.kernel, {blocks, kernel.threads, kernel.shared_bytes},
                    problem.attention.device.index, context.stream, a);
