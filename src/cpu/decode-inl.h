@@ -65,11 +65,51 @@ inline float largest_of_query(const float* query, std::int64_t dim) {
   return all < kSmallestFixed ? 0.0f : all;
 }
 
+// Units of a block's weights [key][row] in fixed point, whose largest is `one`: their inverses for every lane. False
+// when some weights have no such form.
+template <int kRows>
+HWY_INLINE bool fixed_point_units(const float* weights, float one, float* inverses, float* units) {
+  const FloatTag f;
+  auto good = hn::Eq(hn::Zero(f), hn::Zero(f));
+  Floats largest = hn::Zero(f);
+  for (std::int64_t i = 0; i < kDecodeKeys * kRows; i += kLanes) {
+    const Floats w = hn::Load(f, weights + i);
+    good = hn::And(good, hn::And(hn::Ge(w, hn::Zero(f)), hn::Lt(w, hn::Set(f, kLargestFixed))));
+    largest = hn::Max(largest, w);
+  }
+  if (!hn::AllTrue(f, good)) return false;
+  HWY_ALIGN float lanes[kLanes];
+  hn::Store(largest, f, lanes);
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    float row = 0.0f;
+    for (std::int64_t e = 0; e < kLanes / kRows; ++e) row = std::max(row, lanes[e * kRows + r]);
+    if (row != 0.0f && row < kSmallestFixed) return false;
+    const float inverse = row == 0.0f ? 0.0f : one / row;
+    for (std::int64_t e = 0; e < kLanes / kRows; ++e) inverses[e * kRows + r] = inverse;
+    units[r] = row / one;
+  }
+  return true;
+}
+
 // Adds neighbours: E partial sums a row in each of kCount vectors → kCount/E vectors of E keys each.
 template <int kCount, int kPartials, class Sum>
 HWY_INLINE void add_partials(Sum* v) {
-  if constexpr (kPartials > 1) {
-    const hn::DFromV<Sum> f;
+  const hn::DFromV<Sum> f;
+  if constexpr (HWY_TARGET == HWY_AVX2 && kCount == 8 && kPartials == 8) {
+    // Within 128 bits, which shuffles of one clock do not leave, as long as there are several vectors.
+    const hn::Repartition<std::uint64_t, decltype(f)> pairs;
+    HWY_UNROLL(4)
+    for (int i = 0; i < 8; i += 2) {
+      v[i] = hn::Add(hn::InterleaveLower(f, v[i], v[i + 1]), hn::InterleaveUpper(f, v[i], v[i + 1]));
+    }
+    HWY_UNROLL(2)
+    for (int i = 0; i < 8; i += 4) {
+      const auto first = hn::BitCast(pairs, v[i]), second = hn::BitCast(pairs, v[i + 2]);
+      v[i] = hn::Add(hn::BitCast(f, hn::InterleaveLower(pairs, first, second)),
+                     hn::BitCast(f, hn::InterleaveUpper(pairs, first, second)));
+    }
+    v[0] = hn::Add(hn::ConcatLowerLower(f, v[4], v[0]), hn::ConcatUpperUpper(f, v[4], v[0]));
+  } else if constexpr (kPartials > 1) {
     HWY_UNROLL(8)
     for (int i = 0; i < kCount / 2; ++i) {
       v[i] = hn::Add(hn::ConcatEven(f, v[2 * i + 1], v[2 * i]), hn::ConcatOdd(f, v[2 * i + 1], v[2 * i]));

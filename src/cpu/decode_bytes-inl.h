@@ -131,25 +131,7 @@ class ByteProducts {
 
   // The weights of a block, scaled by V's scales, as bytes. False when some have no fixed-point form.
   bool pack_weights(const float* weights) {
-    const FloatTag f;
-    auto good = hn::Eq(hn::Zero(f), hn::Zero(f));
-    Floats largest = hn::Zero(f);
-    for (std::int64_t i = 0; i < kDecodeKeys * kRows; i += kLanes) {
-      const Floats w = hn::Load(f, weights + i);
-      good = hn::And(good, hn::And(hn::Ge(w, hn::Zero(f)), hn::Lt(w, hn::Set(f, kLargestFixed))));
-      largest = hn::Max(largest, w);
-    }
-    if (!hn::AllTrue(f, good)) return false;
-    HWY_ALIGN float lanes[kLanes];
-    hn::Store(largest, f, lanes);
-    for (std::int64_t r = 0; r < kRows; ++r) {
-      float row = 0.0f;
-      for (std::int64_t e = 0; e < kPartials; ++e) row = std::max(row, lanes[e * kRows + r]);
-      if (row != 0.0f && row < kSmallestFixed) return false;
-      const float inverse = row == 0.0f ? 0.0f : kWeightOne / row;
-      for (std::int64_t e = 0; e < kPartials; ++e) s_.weight_inverse[e * kRows + r] = inverse;
-      s_.weight_unit[r] = row / kWeightOne;
-    }
+    if (!fixed_point_units<kRows>(weights, kWeightOne, s_.weight_inverse, s_.weight_unit)) return false;
     write_words(weights);
     return true;
   }

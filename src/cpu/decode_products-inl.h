@@ -18,9 +18,11 @@ template <class T, int kRows>
 class DecodeProducts {
   using Tile = DecodeTile<kRows>;
   static constexpr std::int64_t kPartials = Tile::kPartials;
+  static constexpr bool kReadsKeys = kRowByRow<kRows> || kTiled<kRows>;  // one by one, as they are stored
   static constexpr bool kBytes = kHasByteDot && std::is_same_v<T, std::int8_t> && kRows > 1;
   // One row of int8 is bound by memory, which floats read a little faster (docs/kv-cache.md).
   static constexpr bool kPairs = kHasPairDot && kPairStorage<T> && (!std::is_same_v<T, std::int8_t> || kRows > 1);
+  static constexpr bool kWords = kHasWordDot && std::is_same_v<T, std::int8_t>;
 
  public:
   DecodeProducts(const CachedProblem& problem, const Problem& queries, const ScoreTerms& terms, const CachedTask& task,
@@ -80,7 +82,12 @@ class DecodeProducts {
         return;
       }
     }
-    if constexpr (kRowByRow<kRows> && Unpack<T>::kFast) {
+    if constexpr (kWords) {
+      if (k_.order == ChannelOrder::kWords) {
+        return word_products().score(block.rows, kDecodeKeys, lines_ahead(k_, s_.k_rows, block.at), scores);
+      }
+    }
+    if constexpr (kReadsKeys && Unpack<T>::kFast) {
       if (k_.unpacked() && score_stored(block.rows, kDecodeKeys, k_.dim, lines_ahead(k_, s_.k_rows, block.at), scores))
         return;
     }
@@ -88,7 +95,7 @@ class DecodeProducts {
       convert(k_, problem_.cache.k_scale, block.rows, first, kConvertedKeys, s_.k_converted,
               [&](std::int64_t i) { return block.key_at(i); });
       const LineFetcher ahead = lines_ahead(k_, s_.k_rows, block.at + first);
-      if constexpr (kRowByRow<kRows>) {
+      if constexpr (kReadsKeys) {
         const float* rows[kConvertedKeys];
         for (std::int64_t n = 0; n < kConvertedKeys; ++n) rows[n] = s_.k_converted + n * kConvertedStride;
         score_stored(rows, kConvertedKeys, k_.positions, ahead, scores + first * kRows);
@@ -123,6 +130,12 @@ class DecodeProducts {
         std::copy_n(s_.out_before, kRows * v_.positions, s_.out);
       }
     }
+    if constexpr (kWords) {
+      if (v_.order == ChannelOrder::kWords) {
+        WordProducts<kRows> products = word_products();
+        if (products.pack_weights(weights)) return products.add_values(rows, v_.keys_ahead<T, kRows>(), s_.out, ahead);
+      }
+    }
     add_value_rows(rows, first, count, weights, hidden, ahead, key_at, sees);
   }
 
@@ -145,6 +158,8 @@ class DecodeProducts {
   bool score_stored(const K* const* rows, std::int64_t keys, std::int64_t dim, LineFetcher ahead, float* scores) const {
     if constexpr (kRows == 1) {
       return score_one_row<K>(rows, keys, s_.q, dim, ahead, scores);
+    } else if constexpr (kTiled<kRows>) {
+      return score_tiles<T, K, kRows>(rows, keys, s_.q, dim, ahead, scores);
     } else {
       return score_row_by_row<T, K, kRows>(rows, keys, s_.q, dim, ahead, scores);
     }
@@ -168,13 +183,17 @@ class DecodeProducts {
     if constexpr (kBytes) {
       if (use_bytes()) return;
     }
+    if constexpr (kWords) {
+      if (use_words()) return;
+    }
     const float factor = k_.unpacked() ? Unpack<T>::kFactor : 1.0f;
     for (std::int64_t r = 0; r < kRows; ++r) {
       load_query(r);
       for (std::int64_t p = 0; p < k_.positions; ++p) {
         const std::int64_t d = k_.channel<T>(p);
-        const std::int64_t place =
-            kRowByRow<kRows> ? r * k_.positions + p : p / kPartials * kLanes + r * kPartials + p % kPartials;
+        const std::int64_t place = kTiled<kRows>      ? (p / kLanes * kRows + r) * kLanes + p % kLanes
+                                   : kRowByRow<kRows> ? r * k_.positions + p
+                                                      : p / kPartials * kLanes + r * kPartials + p % kPartials;
         s_.q[place] = d < k_.dim ? s_.staging[d] * factor : 0.0f;
       }
     }
@@ -214,6 +233,20 @@ class DecodeProducts {
   }
   PairProducts<T, kRows> pair_products() const { return {s_.pairs, k_.dim, v_.dim}; }
 
+  // Products in 16-bit integers, likewise.
+  bool use_words() {
+    if (queries_.dtype != DType::kBFloat16 || k_.group_scales) return false;
+    if (!WordProducts<kRows>::takes(k_.dim, v_.dim)) return false;
+    WordProducts<kRows> products = word_products();
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      load_query(r);
+      if (!products.pack_query(r, s_.staging)) return false;
+    }
+    k_.order = v_.order = ChannelOrder::kWords;
+    return true;
+  }
+  WordProducts<kRows> word_products() const { return {s_.words, k_.dim, v_.dim}; }
+
   // Rows [first, first + count) as floats in the side's order, one behind the other; key_at(i) is the key of row i.
   template <class F>
   void convert(const StoredSide& side, const CacheScale& scale, const T* const* rows, std::int64_t first,
@@ -240,7 +273,7 @@ class DecodeProducts {
   void add_value_rows(const T* const* rows, std::int64_t first, std::int64_t count, const float* weights, bool hidden,
                       LineFetcher ahead, const KeyAt& key_at, const Sees& sees) {
     const std::int32_t* const list = s_.all_keys + first;
-    if constexpr (kReadsStorage<T, kRows>) {
+    if constexpr (kReadsStorage<T, kRows> || (kTiled<kRows> && Unpack<T>::kFast)) {
       if (v_.unpacked()) {
         const bool retractable = hidden || NanWatch<T>::kNeeded;
         if (retractable) std::copy_n(s_.out, kRows * v_.positions, s_.out_before);
@@ -248,8 +281,13 @@ class DecodeProducts {
         bool good = true;
         const std::int64_t at_once = v_.keys_ahead<T, kRows>();
         for (std::int64_t n = 0; n < count; n += at_once) {
-          good &= add_values_of<T, T, kRows>(rows, list + n, std::min(count - n, at_once), weights, v_.dim, s_.out,
-                                             v_.positions, meanwhile);
+          const std::int64_t part = std::min(count - n, at_once);
+          if constexpr (kTiled<kRows>) {
+            good &= add_value_tiles<T, T, kRows>(rows + first + n, part, weights + (first + n) * kRows, v_.dim, s_.out,
+                                                 v_.positions, meanwhile);
+          } else {
+            good &= add_values_of<T, T, kRows>(rows, list + n, part, weights, v_.dim, s_.out, v_.positions, meanwhile);
+          }
         }
         // A hidden value that is not finite shows in the sums.
         if (good && (!hidden || all_finite(Broadcast{s_.out, v_.positions}, kRows, v_.positions))) return;
@@ -260,6 +298,13 @@ class DecodeProducts {
       const std::int64_t begin = first + n, part = std::min(kConvertedValues, count - n);
       convert(v_, problem_.cache.v_scale, rows, begin, part, s_.v_converted, key_at);
       if (hidden) take_out_not_finite(begin, part, weights, sees);
+      if constexpr (kTiled<kRows>) {
+        const float* converted[kConvertedValues];
+        for (std::int64_t i = 0; i < part; ++i) converted[i] = s_.v_converted + i * kConvertedStride;
+        add_value_tiles<T, float, kRows>(converted, part, weights + begin * kRows, v_.positions, s_.out, v_.positions,
+                                         ahead);
+        continue;
+      }
       const float* converted[kDecodeKeys];
       for (std::int64_t i = 0; i < part; ++i) converted[begin + i] = s_.v_converted + i * kConvertedStride;
       add_values_of<T, float, kRows>(converted, s_.all_keys + begin, part, weights, v_.positions, s_.out, v_.positions,

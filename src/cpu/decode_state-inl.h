@@ -10,6 +10,7 @@
 #include "cpu/cached_plan.h"
 #include "cpu/decode_bytes-inl.h"
 #include "cpu/decode_pairs-inl.h"
+#include "cpu/decode_words-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace onepass::cpu::HWY_NAMESPACE {
@@ -27,6 +28,7 @@ enum class ChannelOrder : std::uint8_t {
   kUnpack,  // as Unpack leaves them
   kBytes,   // as ByteProducts does: rows are not converted, or one by one
   kPairs,   // as PairProducts does, likewise
+  kWords,   // as WordProducts does, likewise
 };
 
 // How one of K and V is read.
@@ -63,6 +65,7 @@ struct StoredSide {
       case ChannelOrder::kNatural: return position;
       case ChannelOrder::kBytes: return position / kByteChunk * kByteChunk + byte_channel(position % kByteChunk);
       case ChannelOrder::kPairs: return pair_channel<T>(position);
+      case ChannelOrder::kWords: return position / kWordChunk * kWordChunk + word_channel(position % kWordChunk);
       case ChannelOrder::kUnpack: break;
     }
     const std::int64_t chunk = chunk_elements<T>();
@@ -94,6 +97,7 @@ struct DecodeState {
   std::int32_t* all_keys;  // 0, 1, …
   ByteState bytes;
   PairState pairs;
+  WordState words;
 
   void take(Arena& arena, const CachedProblem& problem) {
     const KVStorage& cache = problem.cache;
@@ -114,6 +118,7 @@ struct DecodeState {
     all_keys = arena.take<std::int32_t>(kDecodeKeys);
     if (kHasByteDot && cache.dtype == DType::kInt8) bytes.take(arena, cache.head_dim, cache.head_dim_v);
     if (kHasPairDot && problem.attention.dtype == DType::kBFloat16) pairs.take(arena, cache.head_dim);
+    if (kHasWordDot && cache.dtype == DType::kInt8) words.take(arena, cache.head_dim);
   }
 };
 

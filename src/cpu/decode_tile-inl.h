@@ -7,6 +7,7 @@
 #define ONEPASS_CPU_DECODE_TILE_INL_H_
 #endif
 
+#include "cpu/decode_avx2-inl.h"
 #include "cpu/decode_state-inl.h"
 #include "cpu/dropout-inl.h"
 #include "cpu/softmax-inl.h"

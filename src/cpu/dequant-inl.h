@@ -62,6 +62,12 @@ struct Unpack {
     HWY_UNROLL(4)
     for (int i = 0; i < kVectors; ++i) v[i] = load_floats(p + i * lane_count());
   }
+  // Vectors 2·kHalf and 2·kHalf + 1 of a chunk of four.
+  template <int kHalf>
+  static HWY_INLINE void load_half(const T* p, Floats* HWY_RESTRICT v) {
+    v[0] = load_floats(p + 2 * kHalf * lane_count());
+    v[1] = load_floats(p + (2 * kHalf + 1) * lane_count());
+  }
 };
 
 template <>
@@ -107,6 +113,11 @@ struct UnpackFloat8 {
     const auto pairs = hn::LoadU(HalfWords(), reinterpret_cast<const std::uint16_t*>(p));
     widen(Self::even_halves(pairs), v);
     widen(Self::odd_halves(pairs), v + 2);
+  }
+  template <int kHalf>
+  static HWY_INLINE void load_half(const T* p, Floats* HWY_RESTRICT v) {
+    const auto pairs = hn::LoadU(HalfWords(), reinterpret_cast<const std::uint16_t*>(p));
+    widen(kHalf == 0 ? Self::even_halves(pairs) : Self::odd_halves(pairs), v);
   }
 
  private:
