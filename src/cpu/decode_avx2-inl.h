@@ -66,8 +66,9 @@ HWY_INLINE void add_tile_products(const Floats (&k)[2][2], const float* HWY_REST
 // scores[key][row] for an even number of keys. `ahead` fetches as much of what is stored as T meanwhile.
 template <class T, class K, int kRows>
 HWY_NOINLINE bool score_tiles(const K* const* rows, std::int64_t keys, const float* HWY_RESTRICT q, std::int64_t dim,
-                              LineFetcher ahead, float* HWY_RESTRICT scores) {
+                              const LineFetcher& fetcher, float* HWY_RESTRICT scores) {
   const FloatTag f;
+  LineWalker ahead(fetcher);
   constexpr std::int64_t kStep = kTwoVectorStep<K>;
   NanWatch<K> watch;
   for (std::int64_t key = 0; key < keys; key += 2) {
@@ -121,10 +122,10 @@ HWY_NOINLINE bool score_tiles(const K* const* rows, std::int64_t keys, const flo
 template <class T, class V, int kRows, int kHalf, int kVectors>
 HWY_NOINLINE bool add_value_tile(const V* const* rows, std::int64_t count, const float* HWY_RESTRICT weights,
                                  std::int64_t at, float* HWY_RESTRICT out, std::int64_t stride,
-                                 LineFetcher& fetcher) {
+                                 LineWalker& walker) {
   const FloatTag f;
   constexpr int kStepBytes = static_cast<int>(kVectors * kLanes * sizeof(T)) * kQuad / kRows;
-  LineFetcher ahead = fetcher;
+  LineWalker ahead = walker;
   NanWatch<V> watch;
   Floats sums[kQuad * kVectors];
   HWY_UNROLL(8)
@@ -147,13 +148,13 @@ HWY_NOINLINE bool add_value_tile(const V* const* rows, std::int64_t count, const
     }
   };
   std::int64_t n = 0;
-  for (; n + 2 <= count; n += 2) {
-    ahead.keep_pace<2 * kStepBytes>(n / 2);
-    add(n);
-    add(n + 1);
+  for (; n + 4 <= count; n += 4) {
+    ahead.keep_pace<4 * kStepBytes>(n / 4);
+    HWY_UNROLL(4)
+    for (int i = 0; i < 4; ++i) add(n + i);
   }
-  if (n < count) add(n);
-  fetcher = ahead;
+  for (; n < count; ++n) add(n);
+  walker = ahead;
   HWY_UNROLL(8)
   for (int i = 0; i < kQuad * kVectors; ++i) {
     hn::Store(sums[i], f, out + i / kVectors * stride + i % kVectors * kLanes);
@@ -164,7 +165,7 @@ HWY_NOINLINE bool add_value_tile(const V* const* rows, std::int64_t count, const
 // The same for all positions and rows.
 template <class T, class V, int kRows>
 bool add_value_tiles(const V* const* rows, std::int64_t count, const float* weights, std::int64_t dim, float* out,
-                     std::int64_t stride, LineFetcher& ahead) {
+                     std::int64_t stride, LineWalker& ahead) {
   bool good = true;
   std::int64_t s = 0;
   const auto add = [&]<int kHalf, int kVectors>() {
@@ -185,11 +186,11 @@ bool add_value_tiles(const V* const* rows, std::int64_t count, const float* weig
 
 #else
 template <class T, class K, int kRows>
-bool score_tiles(const K* const* rows, std::int64_t keys, const float* q, std::int64_t dim, LineFetcher ahead,
+bool score_tiles(const K* const* rows, std::int64_t keys, const float* q, std::int64_t dim, const LineFetcher& ahead,
                  float* scores);
 template <class T, class V, int kRows>
 bool add_value_tiles(const V* const* rows, std::int64_t count, const float* weights, std::int64_t dim, float* out,
-                     std::int64_t stride, LineFetcher& ahead);
+                     std::int64_t stride, LineWalker& ahead);
 #endif
 
 }  // namespace onepass::cpu::HWY_NAMESPACE

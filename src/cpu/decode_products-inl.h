@@ -60,7 +60,9 @@ class DecodeProducts {
 
   // Whether the products take scales of keys in passing, for as good as nothing: a pass of their own over scores or
   // weights takes three clocks a vector.
-  bool takes_factors() const { return std::is_same_v<T, std::int8_t> && k_.order == ChannelOrder::kPairs; }
+  bool takes_factors() const {
+    return std::is_same_v<T, std::int8_t> && (k_.order == ChannelOrder::kPairs || k_.order == ChannelOrder::kWords);
+  }
 
   // Products of a block; times factors[key], when they take them.
   void multiply_keys_by_queries(const Block& block, const float* factors, float* scores) {
@@ -84,7 +86,7 @@ class DecodeProducts {
     }
     if constexpr (kWords) {
       if (k_.order == ChannelOrder::kWords) {
-        return word_products().score(block.rows, kDecodeKeys, lines_ahead(k_, s_.k_rows, block.at), scores);
+        return word_products().score(block.rows, factors, lines_ahead(k_, s_.k_rows, block.at), scores);
       }
     }
     if constexpr (kReadsKeys && Unpack<T>::kFast) {
@@ -133,7 +135,7 @@ class DecodeProducts {
     if constexpr (kWords) {
       if (v_.order == ChannelOrder::kWords) {
         WordProducts<kRows> products = word_products();
-        if (products.pack_weights(weights)) return products.add_values(rows, v_.keys_ahead<T, kRows>(), s_.out, ahead);
+        if (products.pack_weights(weights, factors)) return products.add_values(rows, v_.keys_ahead<T, kRows>(), s_.out, ahead);
       }
     }
     add_value_rows(rows, first, count, weights, hidden, ahead, key_at, sees);
@@ -277,7 +279,7 @@ class DecodeProducts {
       if (v_.unpacked()) {
         const bool retractable = hidden || NanWatch<T>::kNeeded;
         if (retractable) std::copy_n(s_.out, kRows * v_.positions, s_.out_before);
-        LineFetcher meanwhile = ahead;
+        std::conditional_t<kTiled<kRows>, LineWalker, LineFetcher> meanwhile(ahead);
         bool good = true;
         const std::int64_t at_once = v_.keys_ahead<T, kRows>();
         for (std::int64_t n = 0; n < count; n += at_once) {
@@ -301,8 +303,9 @@ class DecodeProducts {
       if constexpr (kTiled<kRows>) {
         const float* converted[kConvertedValues];
         for (std::int64_t i = 0; i < part; ++i) converted[i] = s_.v_converted + i * kConvertedStride;
+        LineWalker meanwhile(ahead);
         add_value_tiles<T, float, kRows>(converted, part, weights + begin * kRows, v_.positions, s_.out, v_.positions,
-                                         ahead);
+                                         meanwhile);
         continue;
       }
       const float* converted[kDecodeKeys];

@@ -65,7 +65,7 @@ struct StoredSide {
       case ChannelOrder::kNatural: return position;
       case ChannelOrder::kBytes: return position / kByteChunk * kByteChunk + byte_channel(position % kByteChunk);
       case ChannelOrder::kPairs: return pair_channel<T>(position);
-      case ChannelOrder::kWords: return position / kWordChunk * kWordChunk + word_channel(position % kWordChunk);
+      case ChannelOrder::kWords: return position / kWordUnit * kWordUnit + word_channel(position % kWordUnit);
       case ChannelOrder::kUnpack: break;
     }
     const std::int64_t chunk = chunk_elements<T>();
