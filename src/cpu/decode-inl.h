@@ -4,7 +4,7 @@
 //           log2 E pairwise additions of E keys, which leave S[key][row] contiguous;
 //   values: channels along lanes, the weights S[key][row] broadcast.
 // Up to four rows read keys as they are stored, a vector of channels along lanes; more rows read a key block that was
-// converted once for all.
+// converted once for all. On AVX2 four and eight rows have tiles of their own (decode_avx2-inl.h).
 #if defined(ONEPASS_CPU_DECODE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef ONEPASS_CPU_DECODE_INL_H_
 #undef ONEPASS_CPU_DECODE_INL_H_

@@ -18,7 +18,7 @@ inline constexpr int kQuad = 4;
 
 // Whether rows are multiplied in such tiles; queries then lie [position / kLanes][row][lane].
 template <int kRows>
-inline constexpr bool kTiled = HWY_TARGET == HWY_AVX2 && kRows >= kQuad;
+inline constexpr bool kTiled = HWY_TARGET == HWY_AVX2&& kRows >= kQuad;
 
 #if HWY_TARGET == HWY_AVX2
 
@@ -121,8 +121,7 @@ HWY_NOINLINE bool score_tiles(const K* const* rows, std::int64_t keys, const flo
 // out[row][position] += Σ_key weights[key][row]·v[key][position] for four rows and kVectors vectors: those at `at`.
 template <class T, class V, int kRows, int kHalf, int kVectors>
 HWY_NOINLINE bool add_value_tile(const V* const* rows, std::int64_t count, const float* HWY_RESTRICT weights,
-                                 std::int64_t at, float* HWY_RESTRICT out, std::int64_t stride,
-                                 LineWalker& walker) {
+                                 std::int64_t at, float* HWY_RESTRICT out, std::int64_t stride, LineWalker& walker) {
   const FloatTag f;
   constexpr int kStepBytes = static_cast<int>(kVectors * kLanes * sizeof(T)) * kQuad / kRows;
   LineWalker ahead = walker;
@@ -170,8 +169,8 @@ bool add_value_tiles(const V* const* rows, std::int64_t count, const float* weig
   std::int64_t s = 0;
   const auto add = [&]<int kHalf, int kVectors>() {
     for (std::int64_t row = 0; row < kRows; row += kQuad) {
-      good &= add_value_tile<T, V, kRows, kHalf, kVectors>(
-          rows, count, weights + row, s, out + row * stride + s + kHalf * 2 * kLanes, stride, ahead);
+      good &= add_value_tile<T, V, kRows, kHalf, kVectors>(rows, count, weights + row, s,
+                                                           out + row * stride + s + kHalf * 2 * kLanes, stride, ahead);
     }
   };
   for (; s + kTwoVectorStep<V> <= dim; s += kTwoVectorStep<V>) {

@@ -135,7 +135,8 @@ class DecodeProducts {
     if constexpr (kWords) {
       if (v_.order == ChannelOrder::kWords) {
         WordProducts<kRows> products = word_products();
-        if (products.pack_weights(weights, factors)) return products.add_values(rows, v_.keys_ahead<T, kRows>(), s_.out, ahead);
+        if (products.pack_weights(weights, factors))
+          return products.add_values(rows, v_.keys_ahead<T, kRows>(), s_.out, ahead);
       }
     }
     add_value_rows(rows, first, count, weights, hidden, ahead, key_at, sees);
