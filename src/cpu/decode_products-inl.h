@@ -61,13 +61,14 @@ class DecodeProducts {
   // Whether the products take scales of keys in passing, for as good as nothing: a pass of their own over scores or
   // weights takes three clocks a vector.
   bool takes_factors() const {
-    return std::is_same_v<T, std::int8_t> && (k_.order == ChannelOrder::kPairs || k_.order == ChannelOrder::kWords);
+    return std::is_same_v<T, std::int8_t> &&
+           (k_.order == ChannelOrder::kPairs || (kWords && k_.order == ChannelOrder::kIntegers));
   }
 
   // Products of a block; times factors[key], when they take them.
   void multiply_keys_by_queries(const Block& block, const float* factors, float* scores) {
     if constexpr (kBytes) {
-      if (k_.order == ChannelOrder::kBytes) {
+      if (k_.order == ChannelOrder::kIntegers) {
         return with_byte_products([&](const auto& products) {
           for (std::int64_t first = 0; first < kDecodeKeys; first += kConvertedKeys) {
             products.score(block.rows + first, lines_ahead(k_, s_.k_rows, block.at + first), scores + first * kRows);
@@ -85,7 +86,7 @@ class DecodeProducts {
       }
     }
     if constexpr (kWords) {
-      if (k_.order == ChannelOrder::kWords) {
+      if (k_.order == ChannelOrder::kIntegers) {
         return word_products().score(block.rows, factors, lines_ahead(k_, s_.k_rows, block.at), scores);
       }
     }
@@ -114,7 +115,7 @@ class DecodeProducts {
   void add_block(const T* const* rows, std::int64_t first, std::int64_t count, const float* weights,
                  const float* factors, bool hidden, LineFetcher ahead, const KeyAt& key_at, const Sees& sees) {
     if constexpr (kBytes) {
-      if (v_.order == ChannelOrder::kBytes && with_byte_products([&](auto products) {
+      if (v_.order == ChannelOrder::kIntegers && with_byte_products([&](auto products) {
             if (!products.pack_weights(weights)) return false;
             products.add_values(rows, s_.out, ahead);
             return true;
@@ -133,7 +134,7 @@ class DecodeProducts {
       }
     }
     if constexpr (kWords) {
-      if (v_.order == ChannelOrder::kWords) {
+      if (v_.order == ChannelOrder::kIntegers) {
         WordProducts<kRows> products = word_products();
         if (products.pack_weights(weights, factors))
           return products.add_values(rows, v_.keys_ahead<T, kRows>(), s_.out, ahead);
@@ -211,7 +212,7 @@ class DecodeProducts {
         load_query(r);
         if (!products.pack_query(r, s_.staging)) return false;
       }
-      k_.order = v_.order = ChannelOrder::kBytes;
+      k_.order = v_.order = ChannelOrder::kIntegers;
       return true;
     });
   }
@@ -245,7 +246,7 @@ class DecodeProducts {
       load_query(r);
       if (!products.pack_query(r, s_.staging)) return false;
     }
-    k_.order = v_.order = ChannelOrder::kWords;
+    k_.order = v_.order = ChannelOrder::kIntegers;
     return true;
   }
   WordProducts<kRows> word_products() const { return {s_.words, k_.dim, v_.dim}; }

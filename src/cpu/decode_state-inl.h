@@ -25,10 +25,9 @@ inline std::int64_t tile_rows(std::int64_t count) {
 // The order in which a row's channels lie in a tile.
 enum class ChannelOrder : std::uint8_t {
   kNatural,
-  kUnpack,  // as Unpack leaves them
-  kBytes,   // as ByteProducts does: rows are not converted, or one by one
-  kPairs,   // as PairProducts does, likewise
-  kWords,   // as WordProducts does, likewise
+  kUnpack,    // as Unpack leaves them
+  kIntegers,  // as ByteProducts or WordProducts does: rows are not converted, or one by one
+  kPairs,     // as PairProducts does, likewise
 };
 
 // How one of K and V is read.
@@ -63,9 +62,10 @@ struct StoredSide {
   std::int64_t channel(std::int64_t position) const {
     switch (order) {
       case ChannelOrder::kNatural: return position;
-      case ChannelOrder::kBytes: return position / kByteChunk * kByteChunk + byte_channel(position % kByteChunk);
+      case ChannelOrder::kIntegers:
+        if constexpr (kHasWordDot) return position / kWordUnit * kWordUnit + word_channel(position % kWordUnit);
+        return position / kByteChunk * kByteChunk + byte_channel(position % kByteChunk);
       case ChannelOrder::kPairs: return pair_channel<T>(position);
-      case ChannelOrder::kWords: return position / kWordUnit * kWordUnit + word_channel(position % kWordUnit);
       case ChannelOrder::kUnpack: break;
     }
     const std::int64_t chunk = chunk_elements<T>();
