@@ -19,6 +19,8 @@ class DecodeProducts {
   using Tile = DecodeTile<kRows>;
   static constexpr std::int64_t kPartials = Tile::kPartials;
   static constexpr bool kReadsKeys = kRowByRow<kRows> || kTiled<kRows>;  // one by one, as they are stored
+  // Eight rows' two tiles would unpack float8 twice, which takes longer than a copy.
+  static constexpr bool kConvertsFirst = kTiled<kRows> && kRows > kQuad&& kFloat8<T>;
   static constexpr bool kBytes = kHasByteDot && std::is_same_v<T, std::int8_t> && kRows > 1;
   // One row of int8 is bound by memory, which floats read a little faster (docs/kv-cache.md).
   static constexpr bool kPairs = kHasPairDot && kPairStorage<T> && (!std::is_same_v<T, std::int8_t> || kRows > 1);
@@ -90,7 +92,7 @@ class DecodeProducts {
         return word_products().score(block.rows, factors, lines_ahead(k_, s_.k_rows, block.at), scores);
       }
     }
-    if constexpr (kReadsKeys && Unpack<T>::kFast) {
+    if constexpr (kReadsKeys && Unpack<T>::kFast && !kConvertsFirst) {
       if (k_.unpacked() && score_stored(block.rows, kDecodeKeys, k_.dim, lines_ahead(k_, s_.k_rows, block.at), scores))
         return;
     }
@@ -277,7 +279,7 @@ class DecodeProducts {
   void add_value_rows(const T* const* rows, std::int64_t first, std::int64_t count, const float* weights, bool hidden,
                       LineFetcher ahead, const KeyAt& key_at, const Sees& sees) {
     const std::int32_t* const list = s_.all_keys + first;
-    if constexpr (kReadsStorage<T, kRows> || (kTiled<kRows> && Unpack<T>::kFast)) {
+    if constexpr (kReadsStorage<T, kRows> || (kTiled<kRows> && Unpack<T>::kFast && !kConvertsFirst)) {
       if (v_.unpacked()) {
         const bool retractable = hidden || NanWatch<T>::kNeeded;
         if (retractable) std::copy_n(s_.out, kRows * v_.positions, s_.out_before);
@@ -298,6 +300,7 @@ class DecodeProducts {
         std::copy_n(s_.out_before, kRows * v_.positions, s_.out);
       }
     }
+    std::conditional_t<kTiled<kRows>, LineWalker, LineFetcher&> in_order(ahead);
     for (std::int64_t n = 0; n < count; n += kConvertedValues) {
       const std::int64_t begin = first + n, part = std::min(kConvertedValues, count - n);
       convert(v_, problem_.cache.v_scale, rows, begin, part, s_.v_converted, key_at);
@@ -305,15 +308,14 @@ class DecodeProducts {
       if constexpr (kTiled<kRows>) {
         const float* converted[kConvertedValues];
         for (std::int64_t i = 0; i < part; ++i) converted[i] = s_.v_converted + i * kConvertedStride;
-        LineWalker meanwhile(ahead);
         add_value_tiles<T, float, kRows>(converted, part, weights + begin * kRows, v_.positions, s_.out, v_.positions,
-                                         meanwhile);
-        continue;
+                                         in_order);
+      } else {
+        const float* converted[kDecodeKeys];
+        for (std::int64_t i = 0; i < part; ++i) converted[begin + i] = s_.v_converted + i * kConvertedStride;
+        add_values_of<T, float, kRows>(converted, s_.all_keys + begin, part, weights, v_.positions, s_.out,
+                                       v_.positions, in_order);
       }
-      const float* converted[kDecodeKeys];
-      for (std::int64_t i = 0; i < part; ++i) converted[begin + i] = s_.v_converted + i * kConvertedStride;
-      add_values_of<T, float, kRows>(converted, s_.all_keys + begin, part, weights, v_.positions, s_.out, v_.positions,
-                                     ahead);
     }
   }
 
