@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "onepass/tensor.h"
 
@@ -54,6 +55,16 @@ ONEPASS_DEVICE std::uint32_t pack<__nv_bfloat16>(float low, float high) {
   std::uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// One of the two elements, `upper` or not.
+template <class T>
+ONEPASS_DEVICE float unpack(std::uint32_t packed, bool upper) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __uint_as_float(upper ? packed & 0xFFFF0000u : packed << 16);
+  } else {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(upper ? packed >> 16 : packed & 0xFFFFu)));
+  }
 }
 
 // The same value, of which the compiler knows nothing: what is computed from it is not hoisted out of a loop, where it

@@ -1,14 +1,14 @@
-// cuda/hopper/key_tiles.cuh: which tile of keys a CTA of the total attention kernel works on next. Tiles are drawn from
-// a counter; under a causal mask low keys, which most queries see, first within a section of heads whose queries share
-// the L2.
+// cuda/hopper/key_tiles.cuh: which tile of keys a CTA works on next, of the kernels in which keys stay. Tiles are drawn
+// from a counter; under a causal mask low keys, which most queries see, first within a section of heads whose queries
+// share the L2.
 #pragma once
 
 #include "core/problem.h"
 #include "cuda/common/sequence.cuh"
+#include "cuda/hopper/key_tile_order.h"
 #include "cuda/hopper/ptx.cuh"
 #include "cuda/hopper/sequence_cursor.cuh"
 #include "cuda/hopper/tile_numbers.cuh"
-#include "cuda/hopper/total_attention_plan.h"
 
 namespace onepass::cuda::hopper {
 
@@ -39,8 +39,9 @@ ONEPASS_DEVICE KeyTile load_key_tile(std::uint32_t address) {
 template <class Config>
 class KeyTileStream {
  public:
-  ONEPASS_DEVICE KeyTileStream(const Problem& problem, const TotalAttentionPlan& plan)
-      : problem_(problem), plan_(plan), numbers_(plan.counter) {}
+  // heads: of every sequence that have tiles of their own.
+  ONEPASS_DEVICE KeyTileStream(const Problem& problem, std::int64_t heads, const KeyTileOrder& order)
+      : problem_(problem), heads_(static_cast<int>(heads)), order_(order), numbers_(order.counter) {}
 
   ONEPASS_DEVICE KeyTile next() {
     index_ = numbers_.number();
@@ -50,7 +51,7 @@ class KeyTileStream {
     if (tile.valid()) {
       numbers_.draw();  // on its way while the tile's blocks are loaded
     } else {
-      numbers_.end(problem_.ragged() ? cursor_.total() : plan_.tiles);
+      numbers_.end(problem_.ragged() ? cursor_.total() : order_.tiles);
     }
     return tile;
   }
@@ -59,25 +60,23 @@ class KeyTileStream {
   ONEPASS_DEVICE static int tiles_of(int seqlen_k) { return (seqlen_k + Config::kKeys - 1) / Config::kKeys; }
 
   ONEPASS_DEVICE void decode_dense(KeyTile& tile) const {
-    if (index_ >= plan_.tiles) return;
-    const int heads = static_cast<int>(problem_.num_heads);
-    const int plane = place(tile, index_, static_cast<int>(problem_.batch) * heads, static_cast<int>(problem_.seqlen_q),
-                            static_cast<int>(problem_.seqlen_k));
-    tile.batch = plane / heads;
-    tile.head = plane - tile.batch * heads;
+    if (index_ >= order_.tiles) return;
+    const int plane = place(tile, index_, static_cast<int>(problem_.batch) * heads_,
+                            static_cast<int>(problem_.seqlen_q), static_cast<int>(problem_.seqlen_k));
+    tile.batch = plane / heads_;
+    tile.head = plane - tile.batch * heads_;
     set_bounds(tile, device_sequence(problem_, tile.batch));
   }
 
   ONEPASS_DEVICE void decode_ragged(KeyTile& tile) {
-    const int heads = static_cast<int>(problem_.num_heads);
     const auto tiles = [&](int batch) {
       const Span keys = ragged_span(problem_.cu_seqlens_k, batch, problem_.seqlen_k, problem_.total_k);
-      return tiles_of(keys.size) * heads;
+      return tiles_of(keys.size) * heads_;
     };
     cursor_.find(index_, static_cast<int>(problem_.batch), tiles, [&](int batch, int index) {
       const DeviceSequence s = device_sequence(problem_, batch);
       tile.batch = batch;
-      tile.head = place(tile, index, heads, s.seqlen_q, s.seqlen_k);
+      tile.head = place(tile, index, heads_, s.seqlen_q, s.seqlen_k);
       set_bounds(tile, s);
     });
   }
@@ -85,7 +84,7 @@ class KeyTileStream {
   // Tile number `index` of `planes` heads; returns the head.
   ONEPASS_DEVICE int place(KeyTile& tile, int index, int planes, int seqlen_q, int seqlen_k) const {
     const int key_tiles = tiles_of(seqlen_k);
-    const int section = plan_.heavy_first ? clamp_to(plan_.section_queries / max(seqlen_q, 1), 1, planes) : 1;
+    const int section = order_.heavy_first ? clamp_to(order_.section_queries / max(seqlen_q, 1), 1, planes) : 1;
     const int number = index / (section * key_tiles);
     const int within = index - number * section * key_tiles;
     const int width = min(section, planes - number * section);
@@ -111,7 +110,8 @@ class KeyTileStream {
   }
 
   const Problem& problem_;
-  const TotalAttentionPlan& plan_;
+  const int heads_;
+  const KeyTileOrder& order_;
   TileNumbers numbers_;
   int index_ = 0;          // of the tile in hand
   SequenceCursor cursor_;  // ragged

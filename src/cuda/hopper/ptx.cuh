@@ -48,12 +48,21 @@ ONEPASS_DEVICE void tma_store(std::uint32_t source, const CUtensorMap* map, int 
                "r"(source), "r"(dim), "r"(token), "r"(head), "r"(batch)
                : "memory");
 }
+// Adds floats to as many in global memory: `bytes`, a multiple of 16, at 16-byte addresses.
+ONEPASS_DEVICE void bulk_add(float* destination, std::uint32_t source, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(destination),
+               "r"(source), "r"(bytes)
+               : "memory");
+}
 ONEPASS_DEVICE void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 ONEPASS_DEVICE void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// The calling thread's stores have read their shared memory.
-ONEPASS_DEVICE void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// The calling thread's stores, but for the last kPending groups, have read their shared memory.
+template <int kPending = 0>
+ONEPASS_DEVICE void store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
 ONEPASS_DEVICE void store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Four 8×8 matrices of 16-bit elements; lane l gives the address of row l%8 of matrix l/8.

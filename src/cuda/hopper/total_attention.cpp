@@ -46,11 +46,12 @@ ColumnSums::ColumnSums(const Problem& problem, const ExecutionContext& context)
 
 void ColumnSums::run(bool add) const {
   TotalAttentionPlan plan;
-  plan.tiles = static_cast<int>(tiles_);
-  plan.heavy_first = problem_.window_right != kUnbounded;
-  plan.section_queries = static_cast<int>(kSectionBytes / (2 * problem_.head_dim));
+  plan.order.tiles = static_cast<int>(tiles_);
+  plan.order.heavy_first = problem_.window_right != kUnbounded;
+  plan.order.section_queries = static_cast<int>(kSectionBytes / (2 * problem_.head_dim));
   plan.add = add;
-  if (counter_) plan.counter = make_tile_counter(counter_->as<char>(), tiles_, problem_.operation, context_.stream);
+  if (counter_)
+    plan.order.counter = make_tile_counter(counter_->as<char>(), tiles_, problem_.operation, context_.stream);
   if (problem_.ragged() && !add) clear_unowned_total_attention(problem_, context_);
   const LaunchShape shape{.blocks = blocks_, .threads = kernel_.threads, .shared_memory = kernel_.shared_memory};
   launch_dependent(problem_.operation, kernel_.function, shape, problem_.device.index, context_.stream,

@@ -5,16 +5,13 @@
 #include <cuda.h>
 
 #include "core/problem.h"
-#include "cuda/hopper/tile_counter.h"
+#include "cuda/hopper/key_tile_order.h"
 
 namespace onepass::cuda::hopper {
 
 struct TotalAttentionPlan {
-  int tiles = 0;  // key tiles × heads; ragged: an upper bound
-  TileCounter counter;
-  bool heavy_first = false;
-  int section_queries = 0;  // queries of all heads of a section together
-  bool add = false;         // to what stands in total_attention
+  KeyTileOrder order;
+  bool add = false;  // to what stands in total_attention
 };
 
 struct TotalAttentionKernel {

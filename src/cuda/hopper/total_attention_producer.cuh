@@ -6,6 +6,7 @@
 #include "cuda/hopper/key_tiles.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/total_attention_config.cuh"
+#include "cuda/hopper/total_attention_plan.h"
 
 namespace onepass::cuda::hopper {
 
@@ -27,7 +28,7 @@ class TotalAttentionProducer {
         q_map_(q_map),
         k_map_(k_map),
         shared_(shared),
-        tiles_(problem, plan) {}
+        tiles_(problem, problem.num_heads, plan.order) {}
 
   ONEPASS_DEVICE void run() {
     wait_for_previous_grid();

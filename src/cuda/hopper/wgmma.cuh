@@ -1,8 +1,9 @@
 // cuda/hopper/wgmma.cuh: D[64][N] (+)= A[64][16]·B[16][N] by one warpgroup, float32 accumulators.
 //
-// Wgmma<T, N>::ss takes A from shared memory (K-major) and B K-major: Q·Kᵀ. Wgmma<T, N>::rs takes A from registers and
-// B MN-major: P·V; rs_rows the same with B K-major: K·Qᵀ. accumulate = 0 overwrites D. Accumulator element 4j + e of a
-// lane lies in row 16·warp + lane/4 + 8·(e/2) and column 8j + 2·(lane%4) + e%2.
+// Wgmma<T, N>::ss takes A from shared memory (K-major) and B K-major: Q·Kᵀ; ss_columns both MN-major: (dSᵀ)ᵀ·K.
+// Wgmma<T, N>::rs takes A from registers and B MN-major: P·V; rs_rows the same with B K-major: K·Qᵀ. accumulate = 0
+// overwrites D. Accumulator element 4j + e of a lane lies in row 16·warp + lane/4 + 8·(e/2) and column
+// 8j + 2·(lane%4) + e%2.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -74,19 +75,22 @@ struct Wgmma;
                  : OP_OPERANDS_##R                                                                                    \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                              \
   }
-#define OP_WGMMA(TYPE, PTX, N, R, I0, I1, I2, I3, I4, I5)                                                \
-  template <>                                                                                            \
-  struct Wgmma<TYPE, N> {                                                                                \
-    template <int M>                                                                                     \
-    static ONEPASS_DEVICE void ss(float (&d)[M], std::uint64_t a, std::uint64_t b, int accumulate) {     \
-      static_assert(M >= R);                                                                             \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
-                   "k16.f32." PTX "." PTX " {" OP_TEXT_##R "}, %" #I0 ", %" #I1 ", p, 1, 1, 0, 0;\n}\n"  \
-                   : OP_OPERANDS_##R                                                                     \
-                   : "l"(a), "l"(b), "r"(accumulate));                                                   \
-    }                                                                                                    \
-    OP_WGMMA_RS(rs, "1", PTX, N, R, I0, I1, I2, I3, I4, I5)                                              \
-    OP_WGMMA_RS(rs_rows, "0", PTX, N, R, I0, I1, I2, I3, I4, I5)                                         \
+#define OP_WGMMA_SS(NAME, MAJORS, PTX, N, R, I0, I1, I2)                                                              \
+  template <int M>                                                                                                    \
+  static ONEPASS_DEVICE void NAME(float(&d)[M], std::uint64_t a, std::uint64_t b, int accumulate) {                   \
+    static_assert(M >= R);                                                                                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX \
+                 "." PTX " {" OP_TEXT_##R "}, %" #I0 ", %" #I1 ", p, 1, 1, " MAJORS ";\n}\n"                          \
+                 : OP_OPERANDS_##R                                                                                    \
+                 : "l"(a), "l"(b), "r"(accumulate));                                                                  \
+  }
+#define OP_WGMMA(TYPE, PTX, N, R, I0, I1, I2, I3, I4, I5)        \
+  template <>                                                    \
+  struct Wgmma<TYPE, N> {                                        \
+    OP_WGMMA_SS(ss, "0, 0", PTX, N, R, I0, I1, I2)               \
+    OP_WGMMA_SS(ss_columns, "1, 1", PTX, N, R, I0, I1, I2)       \
+    OP_WGMMA_RS(rs, "1", PTX, N, R, I0, I1, I2, I3, I4, I5)      \
+    OP_WGMMA_RS(rs_rows, "0", PTX, N, R, I0, I1, I2, I3, I4, I5) \
   };
 
 #define OP_WGMMA_BOTH(N, R, ...)                     \
@@ -103,6 +107,7 @@ OP_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
 
 #undef OP_WGMMA_BOTH
 #undef OP_WGMMA
+#undef OP_WGMMA_SS
 #undef OP_WGMMA_RS
 
 }  // namespace onepass::cuda::hopper

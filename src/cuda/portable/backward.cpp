@@ -26,8 +26,12 @@ class BackwardCall {
   }
 
  public:
-  BackwardCall(const BackwardProblem& problem, const ExecutionContext& context)
-      : problem_(problem), forward_(problem.forward), context_(context), head_dim_(padded_head_dim(forward_)) {
+  BackwardCall(const BackwardProblem& problem, const ExecutionContext& context, GradientKernels gradients)
+      : problem_(problem),
+        forward_(problem.forward),
+        context_(context),
+        gradients_(gradients),
+        head_dim_(padded_head_dim(forward_)) {
     const BackwardKernel wide = with_kernels([&](auto kernels) { return kernels.wide_key_pass(forward_.dtype); });
     wide_ = wide.kernel != nullptr && forward_.dtype != DType::kFloat32 && !has_terms(forward_) &&
             wide.shared_bytes + kStaticBytes <= device_info(forward_.device.index).shared_memory;
@@ -48,13 +52,14 @@ class BackwardCall {
   // Device memory of a call. Its size does not depend on the mask, so that one serves both parts of piecewise
   // attention.
   struct Memory {
-    Workspace statistics, natural, dq_sums;
+    Workspace statistics, natural, dq_sums, counter;
   };
   Memory memory() const {
     const auto allocate = [&](std::int64_t bytes) { return Workspace(context_, forward_.device, bytes); };
     const std::int64_t rows = forward_.num_heads * padded_rows();
     return {allocate(rows * sizeof(RowStatistics)), allocate(rows / statistics_rows() * sizeof(std::int32_t)),
-            allocate(sums_by_atomics() ? rows * head_dim_ * sizeof(float) : 0)};
+            allocate(sums_by_atomics() ? rows * head_dim_ * sizeof(float) : 0),
+            allocate(gradients_ != nullptr ? kCounterBytes : 0)};
   }
 
   // add: dv and dbias are added to.
@@ -63,10 +68,15 @@ class BackwardCall {
     arguments_.statistics = memory.statistics.as<RowStatistics>();
     arguments_.natural = memory.natural.as<std::int32_t>();
     arguments_.dq_sums = memory.dq_sums.as<float>();
+    arguments_.counter = memory.counter.as<void>();
     arguments_.add = add;
     row_statistics();
-    key_gradients();
-    sums_by_atomics() ? convert_query_gradient() : query_gradient();
+    if (gradients_ != nullptr) {
+      gradients_(arguments_, context_);
+    } else {
+      key_gradients();
+      sums_by_atomics() ? convert_query_gradient() : query_gradient();
+    }
     if (problem_.dbias) bias_gradient();
     if (problem_.dsinks != nullptr) {
       const SinkGradientKernel kernel = sink_gradient();
@@ -159,6 +169,7 @@ class BackwardCall {
   const BackwardProblem& problem_;
   const Problem& forward_;
   const ExecutionContext& context_;
+  const GradientKernels gradients_;  // null: those of this backend
   int head_dim_;
   bool wide_;
   BackwardArguments arguments_;
@@ -172,14 +183,16 @@ Unsupported supports_backward(const BackwardProblem& problem) {
           common_limits(forward.device, forward.dtype, std::max(forward.head_dim, forward.head_dim_v))) {
     return reason;
   }
-  const std::int64_t tiles = BackwardCall(problem, {}).largest_grid();
+  const std::int64_t tiles = BackwardCall(problem, {}, nullptr).largest_grid();
   if (tiles > kMaxBlocks) return std::to_string(tiles) + " tiles (at most " + std::to_string(kMaxBlocks) + ")";
   return std::nullopt;
 }
 
-void backward(const BackwardProblem& problem, const ExecutionContext& context) {
+void backward(const BackwardProblem& problem, const ExecutionContext& context) { backward(problem, context, nullptr); }
+
+void backward(const BackwardProblem& problem, const ExecutionContext& context, GradientKernels gradients) {
   const DeviceGuard guard(problem.forward.device.index);
-  BackwardCall call(problem, context);
+  BackwardCall call(problem, context, gradients);
   call.run(call.memory(), false);
 }
 
@@ -188,6 +201,11 @@ Unsupported supports_piecewise_backward(const PiecewiseBackwardProblem& problem)
 }
 
 void piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context) {
+  piecewise_backward(problem, context, nullptr);
+}
+
+void piecewise_backward(const PiecewiseBackwardProblem& problem, const ExecutionContext& context,
+                        GradientKernels gradients) {
   const DeviceGuard guard(problem.near.forward.device.index);
   const PiecewiseProblem forward{problem.near.forward, problem.far};
   BackwardProblem near = problem.near, far = problem.near;
@@ -196,7 +214,7 @@ void piecewise_backward(const PiecewiseBackwardProblem& problem, const Execution
   far.forward = far_part(forward);
   far.dq = problem.dq_far;
   far.dk = problem.dk_far;
-  BackwardCall near_call(near, context), far_call(far, context);
+  BackwardCall near_call(near, context, gradients), far_call(far, context, gradients);
   const BackwardCall::Memory memory = near_call.memory();
   near_call.run(memory, false);
   far_call.run(memory, true);

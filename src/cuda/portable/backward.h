@@ -60,6 +60,8 @@ struct QueryTileShape {
 template <bool kFloat>
 inline constexpr int kStatisticsRows = kFloat ? 32 : 64;
 
+inline constexpr std::int64_t kCounterBytes = 256;
+
 struct RowStatistics {
   float lse;  // in log2 units, or natural ones (below); +inf for a row without a visible key: its weights come out as 0
   float delta;
@@ -80,6 +82,7 @@ struct BackwardArguments {
   std::int32_t* natural;      // (num_heads, padded_rows / kStatisticsRows): whether a block's LSEs are in natural units
   float* dq_sums;             // (num_heads, padded_rows, kHeadDim) in fragment order; null: dQ is computed elsewhere
   std::int64_t padded_rows;   // of all sequences
+  void* counter;              // memory for another backend's kernels, kCounterBytes
   bool add;                   // dV and dbias are added to what stands there: gradients of other keys' logits
 };
 

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include "core/backend.h"
 #include "support/cases.h"
 #include "support/compare.h"
 
@@ -17,9 +18,10 @@ class TargetTest : public testing::TestWithParam<Target> {
   }
 
   DType dtype() const { return GetParam().dtype; }
-  // A backend without a backward pass is tested as it is used: as the dispatcher's first choice, with others taking
-  // over what it lacks.
-  ExecutionContext context() const { return has_backward(GetParam()) ? GetParam().context() : ExecutionContext{}; }
+  // A backend that leaves calls to others is tested as it is used: as the dispatcher's first choice.
+  ExecutionContext context() const {
+    return GetParam().backend == kHopperBackend.name ? ExecutionContext{} : GetParam().context();
+  }
   Instance instance(const Case& definition, std::uint64_t seed = 1) const {
     Instance made(definition, dtype(), seed);
     made.device = GetParam().device();
