@@ -83,9 +83,7 @@ class KeyGradients {
     note_seeing_queries();
     async_proxy_fence();
     warpgroup_.sync();
-    if constexpr (Config::kKeysInRegisters) {
-      load_rows(keys_, shared_.keys());
-    }
+    if constexpr (Config::kKeysInRegisters) load_rows(keys_, shared_.keys());
   }
 
   ONEPASS_DEVICE void note_seeing_queries() const {
@@ -278,8 +276,8 @@ class KeyGradients {
     if (bad_keys != 0) spoil(bad_keys);
     if ((mode & kNaturalUnits) != 0) {
       const Numbers natural = load_numbers(shared_.notes(slot) + Config::kNaturalAt);
-#pragma unroll
       // Not one FMA: the LSE of a row with one key is its rounded logit.
+#pragma unroll
       for (int i = 0; i < kQueries / 2; ++i) {
         s_[i] = (__fmul_rn(s_[i], problem_.softmax_scale) + natural.of(i)) * kLog2e;
       }

@@ -12,8 +12,8 @@
 
 namespace onepass::cuda::hopper {
 
-// What stands beside a block's LSEs and deltas: first query, mode (bits, below), the address of the sums of the block's
-// dQ kHidden: no key of the first warpgroup sees it, a bit on: of the second.
+// What stands beside a block's LSEs and deltas: its first query, its mode, the address of the sums of its dQ. Bits of a
+// mode; kHidden: no key of the first warpgroup is seen, a bit on: of the second.
 inline constexpr int kCutByMask = 1, kNaturalUnits = 2, kHidden = 4;
 
 // Where the number of query c lies among a block's LSEs or deltas: a lane's columns of two accumulator tiles are 16

@@ -57,7 +57,10 @@ class BackwardCall {
   Memory memory() const {
     const auto allocate = [&](std::int64_t bytes) { return Workspace(context_, forward_.device, bytes); };
     const std::int64_t rows = forward_.num_heads * padded_rows();
-    return {allocate(rows * sizeof(RowStatistics)), allocate(rows / statistics_rows() * sizeof(std::int32_t)),
+    // A block more than there are: kernels may look at the block where a tile's queries begin before they know that no
+    // query sees the tile.
+    const std::int64_t seen = rows + kPadding;
+    return {allocate(seen * sizeof(RowStatistics)), allocate(seen / statistics_rows() * sizeof(std::int32_t)),
             allocate(sums_by_atomics() ? rows * head_dim_ * sizeof(float) : 0),
             allocate(gradients_ != nullptr ? kCounterBytes : 0)};
   }
