@@ -2,19 +2,18 @@
 
 ``python bench/cuda_backward.py [--output FOLDER] [--quick]`` writes ``cuda-backward.json`` and ``cuda-backward.png``.
 Contenders take turns in one process on the same random normal bfloat16 tensors; a time is the median over the rounds
-of CUDA-event times of single calls, everything that a backward call launches included. FLOPs: 10 batch heads queries
-keys head_dim for the visible pairs.
+of CUDA-event times of single calls, everything that a backward call launches included. FLOPs: 2.5 times the
+forward pass's, 4 batch heads queries keys head_dim for the visible pairs.
 """
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict
 from pathlib import Path
 
 from cuda_forward import TOKENS, WIDTH, Case
 from cuda_portable import grid_calls
-from gpu import command_line, measure, panel, write
+from gpu import command_line, measure, panel, row, write
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 CONTENDERS = ("onepass", "cudnn", "flash")
@@ -47,23 +46,9 @@ def main() -> None:
                 case = Case(f"head_dim {head_dim}", TOKENS // seqlen, heads, heads, seqlen, head_dim, causal)
                 _, calls = grid_calls(case)
                 times = measure(calls, rounds=4, most=20, budget=15.0)
-                flops = 10 * case.batch * heads * seqlen**2 * head_dim / (2 if causal else 1)
-                speed = {}
                 for contender, milliseconds in times.items():
-                    median = statistics.median(milliseconds)
-                    speed[contender] = flops / median / 1e9
-                    quartiles = statistics.quantiles(milliseconds, n=4)
-                    rows.append(
-                        {
-                            **asdict(case),
-                            "contender": contender,
-                            "dtype": "bfloat16",
-                            "ms": round(median, 5),
-                            "ms_quartiles": [round(quartiles[0], 5), round(quartiles[2], 5)],
-                            "calls": len(milliseconds),
-                            "tflops": round(speed[contender], 1),
-                        }
-                    )
+                    rows.append(row(case, contender, milliseconds, 2.5 * case.flops()))
+                speed = {name: 2.5e-9 * case.flops() / statistics.median(found) for name, found in times.items()}
                 ratios.setdefault(case.group, []).append(speed["onepass"] / speed["cudnn"])
                 text = "  ".join(f"{name} {tflops:.0f}" for name, tflops in speed.items())
                 print(f"{case.group:12s} {seqlen:6d} {'causal' if causal else 'full  '} {text}", flush=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import onepass
 import torch
 import torch.nn.functional as F
-from gpu import command_line, measure, panel, write
+from gpu import command_line, measure, panel, row, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -144,18 +144,7 @@ def main() -> None:
             times = measure(calls(case), rounds=2 if arguments.quick else 4, most=30, budget=6)
             medians = {name: statistics.median(values) for name, values in times.items()}
             for name, values in times.items():
-                quartiles = statistics.quantiles(values, n=4)
-                rows.append(
-                    {
-                        **asdict(case),
-                        "dtype": "bfloat16",
-                        "contender": name,
-                        "ms": round(medians[name], 5),
-                        "ms_quartiles": [round(quartiles[0], 5), round(quartiles[2], 5)],
-                        "calls": len(values),
-                        "tflops": round(case.flops() / medians[name] * 1e-9, 1),
-                    }
-                )
+                rows.append(row(case, name, values, case.flops()))
             text = "  ".join(f"{name} {case.flops() / time * 1e-9:.0f}" for name, time in medians.items())
             if "cudnn" in medians:
                 ratio = medians["cudnn"] / medians["onepass"]

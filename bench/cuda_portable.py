@@ -13,14 +13,13 @@ import json
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import onepass
 import torch
 import torch.nn.functional as F
 from cuda_forward import TOKENS, WIDTH, Case
-from gpu import Call, Calls, command_line, measure, panel, write
+from gpu import Call, Calls, command_line, measure, panel, row, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -159,19 +158,8 @@ def main() -> None:
             times = measure(contenders, rounds=2 if arguments.quick else 3, most=20, budget=5)
             medians = {name: statistics.median(values) for name, values in times.items()}
             for name, values in times.items():
-                quartiles = statistics.quantiles(values, n=4)
-                rows.append(
-                    {
-                        **asdict(case),
-                        "dtype": "float32" if case.group == "float32" else "bfloat16",
-                        "direction": direction,
-                        "contender": name,
-                        "ms": round(medians[name], 5),
-                        "ms_quartiles": [round(quartiles[0], 5), round(quartiles[2], 5)],
-                        "calls": len(values),
-                        "tflops": round(factor * case.flops() / medians[name] * 1e-9, 1),
-                    }
-                )
+                dtype = "float32" if case.group == "float32" else "bfloat16"
+                rows.append(row(case, name, values, factor * case.flops(), dtype=dtype, direction=direction))
                 if name != "onepass" and "onepass" in medians:
                     ratio = medians[name] / medians["onepass"]
                     ratios.setdefault(f"{case.group} {direction}: time of {name} over onepass", []).append(ratio)

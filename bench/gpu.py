@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,21 @@ def measure(contenders: Calls, *, rounds: int, most: int, budget: float) -> dict
         for name in sorted(contenders, reverse=turn % 2 == 1):
             times[name] += milliseconds(contenders[name], counts[name])
     return times
+
+
+def row(case: Any, contender: str, times: Sequence[float], flops: float, **fields: object) -> dict[str, object]:
+    """The record of a contender's times, in milliseconds, at a case (a dataclass) of so many FLOPs."""
+    median, quartiles = statistics.median(times), statistics.quantiles(times, n=4)
+    return {
+        **asdict(case),
+        "dtype": "bfloat16",
+        **fields,
+        "contender": contender,
+        "ms": round(median, 5),
+        "ms_quartiles": [round(quartiles[0], 5), round(quartiles[2], 5)],
+        "calls": len(times),
+        "tflops": round(flops / median * 1e-9, 1),
+    }
 
 
 def panel(axis: Any, rows: Sequence[Mapping[str, object]], names: Sequence[str], title: str, **fields: object) -> None:

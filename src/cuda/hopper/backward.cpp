@@ -17,8 +17,8 @@ namespace {
 
 constexpr std::int64_t kSectionBytes = 32 << 20;  // of a section of heads: well below the L2
 constexpr std::int64_t kMaxBackwardHeadDim = std::min<std::int64_t>(128, kHeadDims.back());
-
 constexpr int kFewestKeys = 128;  // of a tile
+static_assert(kCounterBytes >= kTileCounterBytes, "what the portable backend sets aside for this one");
 
 const BackwardKernel& choose_kernel(const Problem& p) {
   const std::int64_t dim = std::max(p.head_dim, p.head_dim_v);
@@ -27,10 +27,6 @@ const BackwardKernel& choose_kernel(const Problem& p) {
   }
   if constexpr (kCompiled<128>) return kBackward128.of(p.dtype);
   throw_no_kernel(p, dim);
-}
-
-std::int64_t count_tiles(const Problem& p, int keys) {
-  return p.num_heads_kv * (p.ragged() ? p.total_k / keys + p.batch : p.batch * ceil_div(p.seqlen_k, keys));
 }
 
 // What a query of all heads of a group takes of the L2: Q, dO and the sums of dQ.
@@ -63,7 +59,7 @@ void gradients(const BackwardArguments& common, const ExecutionContext& context)
   if (plan.tma_store_dk) maps.dk = keys(common.problem.dk, p.head_dim, kWarpgroupKeys);
   if (plan.tma_store_dv) maps.dv = keys(common.problem.dv, p.head_dim_v, kWarpgroupKeys);
 
-  const std::int64_t tiles = count_tiles(p, kernel.keys);
+  const std::int64_t tiles = count_key_tiles(p, p.num_heads_kv, kernel.keys);
   const std::int64_t blocks = std::min<std::int64_t>(tiles, device_info(p.device.index).multiprocessors);
   plan.order.tiles = static_cast<int>(tiles);
   plan.order.heavy_first = p.window_right != kUnbounded;
@@ -79,29 +75,21 @@ void gradients(const BackwardArguments& common, const ExecutionContext& context)
          context.stream, arguments);
 }
 
-// What the kernels ask of a problem.
-Unsupported rejects(const BackwardProblem& problem) {
+}  // namespace
+
+Unsupported supports_backward(const BackwardProblem& problem) {
   const Problem& p = problem.forward;
   if (auto reason = rejects_queries_and_keys(p)) return reason;
-  if (auto reason = rejects_head_dim(p.head_dim_v)) return reason;
+  if (auto reason = rejects_values_and_window(p)) return reason;
   if (std::max(p.head_dim, p.head_dim_v) > kMaxBackwardHeadDim) {
     return "head_dim above " + std::to_string(kMaxBackwardHeadDim) + " backward";
   }
-  if (p.window_left > kMaxTokens || p.window_right > kMaxTokens) return "a window beyond 2^28";
   if (has_score_terms(p) || p.dropout_p > 0.0) {
     return "softcap, ALiBi, a bias, dropout or a softmax_scale below 1e-20 backward";
   }
   if (p.deterministic) return "deterministic gradients";
-  if (auto reason = tma_rejects("v", p.v, key_shape(p, p.head_dim_v))) return reason;
   if (auto reason = tma_rejects("dout", problem.dout, query_shape(p, p.head_dim_v))) return reason;
-  return std::nullopt;
-}
-
-}  // namespace
-
-Unsupported supports_backward(const BackwardProblem& problem) {
-  if (auto reason = rejects(problem)) return reason;
-  if (count_tiles(problem.forward, kFewestKeys) > kMaxBlocks / 2) return "more than 2^30 tiles";
+  if (count_key_tiles(p, p.num_heads_kv, kFewestKeys) > kMaxBlocks / 2) return "more than 2^30 tiles";
   return cuda::supports_backward(problem);
 }
 

@@ -136,9 +136,7 @@ void attend(const Problem& problem, const PiecewiseProblem* piecewise, const Exe
 
 Unsupported supports_forward(const Problem& p) {
   if (auto reason = rejects_queries_and_keys(p)) return reason;
-  if (auto reason = rejects_head_dim(p.head_dim_v)) return reason;
-  if (p.window_left > kMaxTokens || p.window_right > kMaxTokens) return "a window beyond 2^28";
-  if (auto reason = tma_rejects("v", p.v, key_shape(p, p.head_dim_v))) return reason;
+  if (auto reason = rejects_values_and_window(p)) return reason;
   if (reinterpret_cast<std::uintptr_t>(p.out.data) % 4 != 0 ||
       (p.out.token_stride | p.out.head_stride | p.out.batch_stride) % 2 != 0) {
     return "out: address or a stride off 4 bytes";

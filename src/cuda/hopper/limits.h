@@ -53,4 +53,16 @@ inline Unsupported rejects_queries_and_keys(const Problem& p) {
   return tma_rejects("k", p.k, key_shape(p, p.head_dim));
 }
 
+// How v lies in memory, and the window, beyond what is asked of q and k.
+inline Unsupported rejects_values_and_window(const Problem& p) {
+  if (auto reason = rejects_head_dim(p.head_dim_v)) return reason;
+  if (p.window_left > kMaxTokens || p.window_right > kMaxTokens) return "a window beyond 2^28";
+  return tma_rejects("v", p.v, key_shape(p, p.head_dim_v));
+}
+
+// Tiles of `keys` keys of all sequences for each of `heads` heads; ragged: an upper bound.
+inline std::int64_t count_key_tiles(const Problem& p, std::int64_t heads, int keys) {
+  return heads * (p.ragged() ? p.total_k / keys + p.batch : p.batch * ((p.seqlen_k + keys - 1) / keys));
+}
+
 }  // namespace onepass::cuda::hopper

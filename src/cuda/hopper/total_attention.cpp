@@ -24,18 +24,13 @@ const TotalAttentionKernel& choose_kernel(const Problem& p) {
   throw_no_kernel(p, p.head_dim);
 }
 
-std::int64_t count_tiles(const Problem& p, int keys) {
-  const std::int64_t key_tiles = p.ragged() ? p.total_k / keys + p.batch : p.batch * ((p.seqlen_k + keys - 1) / keys);
-  return key_tiles * p.num_heads;
-}
-
 }  // namespace
 
 ColumnSums::ColumnSums(const Problem& problem, const ExecutionContext& context)
     : problem_(problem),
       context_(context),
       kernel_(choose_kernel(problem)),
-      tiles_(count_tiles(problem, kernel_.keys)),
+      tiles_(count_key_tiles(problem, problem.num_heads, kernel_.keys)),
       blocks_(std::min<std::int64_t>(tiles_, device_info(problem.device.index).multiprocessors)) {
   if (tiles_ > kMaxBlocks - blocks_) {
     throw Error(ErrorCode::kUnsupported,
